@@ -11,6 +11,7 @@ ARCHITECTURE = "mobiquant"
 
 KEY_ARCHITECTURE = "general.architecture"
 KEY_ALIGNMENT = "general.alignment"
+KEY_NAME = "general.name"
 KEY_FORMAT_VERSION = "mobiquant.format_version"
 KEY_BASE_ARCHITECTURE = "mobiquant.base_architecture"
 KEY_VOCAB_SIZE = "mobiquant.vocab_size"

@@ -1,0 +1,67 @@
+"""Writes one GGUF file, a tensor at a time: memory holds the largest tensor, never the model.
+
+The file grows under a temporary name beside its target; the caller renames it after verification. Whatever ends the
+work early (an error, a full disk, Ctrl-C) removes the temporary file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import gguf
+import numpy as np
+from tqdm import tqdm
+
+from export.errors import ExportError
+from export.keys import ALIGNMENT, ARCHITECTURE, KEY_ALIGNMENT, KEY_ARCHITECTURE
+from export.metadata import Field
+from export.plan import PlannedTensor
+
+
+class TensorSource(Protocol):
+    """Where tensor data comes from: a checkpoint, or a seeded generator. Reading twice gives the same bytes."""
+
+    def read(self, tensor: PlannedTensor) -> np.ndarray:
+        """The data of `tensor`, of exactly its dtype and shape. Raises ExportError on bad input."""
+        ...
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target`, renamed to it when the block succeeds and removed when it does not."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        raise ExportError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, fields: Sequence[Field], plan: Sequence[PlannedTensor], source: TensorSource) -> None:
+    """Write header, metadata and every tensor of `plan` to `path`. Raises OSError, or ExportError from the source."""
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    writer.add_custom_alignment(ALIGNMENT)
+    for field in fields:
+        if field.key not in (KEY_ARCHITECTURE, KEY_ALIGNMENT):
+            writer.add_key_value(field.key, field.value, field.type, field.item_type)
+    for tensor in plan:
+        writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.nbytes)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        total = sum(tensor.nbytes for tensor in plan)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False, disable=None) as progress:
+            for tensor in plan:
+                writer.write_tensor_data(source.read(tensor))
+                progress.update(tensor.nbytes)
+    finally:
+        writer.close()
