@@ -1,0 +1,237 @@
+"""The C library as Python objects: one class per C handle, exceptions for error values, numpy arrays for buffers.
+
+Nothing here decides anything: policy (budgets, cache reuse, sampling) is in runtime.model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    from runtime._native import ffi, lib
+except ImportError as error:
+    raise ImportError(f"the compiled module runtime._native is missing ({error}); run: pip install .") from error
+
+
+class MobiQuantError(RuntimeError):
+    """The library refused or failed. `status` is its error name, for example "MQ_ERR_TRUNCATED"."""
+
+    def __init__(self, message: str, status: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One set of kernels compiled in; `supported`: this CPU can run it."""
+
+    name: str
+    supported: bool
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Shape and sizes of an opened file, the fields of `mq_model_info` in mobiquant.h; sizes are in bytes."""
+
+    vocab_size: int
+    context_length: int
+    embedding_length: int
+    block_count: int
+    feed_forward_length: int
+    head_count: int
+    head_count_kv: int
+    head_dim: int
+    max_depth: int
+    embedding_depth: int
+    output_depth: int
+    router_hidden: int
+    tensor_count: int
+    file_bytes: int
+    expected_bytes: int
+    slice_bytes: tuple[int, int, int, int]
+    scale_bytes: int
+    router_bytes: int
+    embedding_bytes: int
+    output_bytes: int
+    routed_weights: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Sums over the tokens evaluated, as in `mq_stats`; the difference of two is the work between them."""
+
+    tokens: int
+    routed_bits: int
+    routed_weights: int
+    bytes_read: int
+
+    def __sub__(self, earlier: Stats) -> Stats:
+        return Stats(
+            self.tokens - earlier.tokens,
+            self.routed_bits - earlier.routed_bits,
+            self.routed_weights - earlier.routed_weights,
+            self.bytes_read - earlier.bytes_read,
+        )
+
+    @property
+    def average_bits(self) -> float:
+        """Average bits per routed weight; NaN before the first token."""
+        return self.routed_bits / self.routed_weights if self.routed_weights else float("nan")
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of the file read per token; NaN before the first token."""
+        return self.bytes_read / self.tokens if self.tokens else float("nan")
+
+
+def version() -> str:
+    """Version of the C library."""
+    return _text(lib.mq_version())
+
+
+def kernels() -> list[Kernel]:
+    """Kernels compiled in, best first."""
+    found = []
+    while (name := lib.mq_kernel_name(len(found))) != ffi.NULL:
+        found.append(Kernel(_text(name), bool(lib.mq_kernel_supported(len(found)))))
+    return found
+
+
+class NativeModel:
+    """An opened file: immutable, shared by any number of sessions."""
+
+    def __init__(self, path: Path, *, allow_partial: bool, mmap: bool) -> None:
+        options = ffi.new("mq_model_options *", {"allow_partial": allow_partial, "no_mmap": not mmap})
+        handle = ffi.new("mq_model **")
+        error = ffi.new("mq_error *")
+        _check(lib.mq_model_open(str(path).encode(), options, handle, error), error)
+        self.handle = handle[0]
+        self._close = weakref.finalize(self, lib.mq_model_close, self.handle)
+
+    def close(self) -> None:
+        """Release the file; every session must be closed before. Closing twice is allowed."""
+        self._close()
+
+    def info(self) -> ModelInfo:
+        raw = ffi.new("mq_model_info *")
+        lib.mq_model_get_info(self.handle, raw)
+        fields: dict[str, Any] = {name: getattr(raw, name) for name in ModelInfo.__dataclass_fields__}
+        return ModelInfo(**fields | {"slice_bytes": tuple(raw.slice_bytes)})
+
+    def string(self, key: str) -> str | None:
+        """Value of a string key, None when absent."""
+        data, size, error = ffi.new("const char **"), ffi.new("size_t *"), ffi.new("mq_error *")
+        _check(lib.mq_model_string(self.handle, key.encode(), data, size, error), error)
+        return None if data[0] == ffi.NULL else bytes(ffi.buffer(data[0], size[0])).decode("utf-8")
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        """Values of a u32, bool or u32 array key, empty when absent."""
+        count, error = ffi.new("size_t *"), ffi.new("mq_error *")
+        _check(lib.mq_model_u32(self.handle, key.encode(), ffi.NULL, 0, count, error), error)
+        values = ffi.new("uint32_t[]", count[0])
+        _check(lib.mq_model_u32(self.handle, key.encode(), values, count[0], count, error), error)
+        return tuple(values)
+
+
+class NativeSession:
+    """A KV cache with a position and a thread pool; one thread at a time may use it."""
+
+    def __init__(self, model: NativeModel, *, n_ctx: int, n_threads: int, n_batch: int, kernel: str | None) -> None:
+        for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads), ("n_batch", n_batch)):
+            if not 0 <= value < 1 << 32:
+                raise MobiQuantError(f"{name}: expected 0 or a positive number, found {value}", "MQ_ERR_ARGUMENT")
+        name = ffi.NULL if kernel is None else ffi.new("char[]", kernel.encode())
+        options = ffi.new(
+            "mq_session_options *", {"n_ctx": n_ctx, "n_threads": n_threads, "n_batch": n_batch, "kernel": name}
+        )
+        handle = ffi.new("mq_session **")
+        error = ffi.new("mq_error *")
+        _check(lib.mq_session_open(model.handle, options, handle, error), error)
+        self._model = model  # kept open as long as this session lives
+        self._handle = handle[0]
+        self._block_count = model.info().block_count
+        self._close = weakref.finalize(self, lib.mq_session_close, self._handle)
+
+    def close(self) -> None:
+        """Free the cache and stop the threads. Closing twice is allowed."""
+        self._close()
+
+    @property
+    def kernel(self) -> str:
+        """Name of the kernels in use."""
+        return _text(lib.mq_session_kernel(self._handle))
+
+    @property
+    def position(self) -> int:
+        """Number of tokens in the cache."""
+        return lib.mq_session_position(self._handle)
+
+    @property
+    def context(self) -> int:
+        """Number of tokens the cache can hold."""
+        return lib.mq_session_context(self._handle)
+
+    @property
+    def stats(self) -> Stats:
+        raw = ffi.new("mq_stats *")
+        lib.mq_session_get_stats(self._handle, raw)
+        return Stats(raw.tokens, raw.routed_bits, raw.routed_weights, raw.bytes_read)
+
+    def set_depth(self, depth: int) -> None:
+        """One depth for every token."""
+        error = ffi.new("mq_error *")
+        _check(lib.mq_session_set_depth(self._handle, depth, error), error)
+
+    def set_average_bits(self, bits: float) -> None:
+        """Depths from the routers, at this average bits."""
+        error = ffi.new("mq_error *")
+        _check(lib.mq_session_set_average_bits(self._handle, bits, error), error)
+
+    def set_output_depth(self, depth: int) -> None:
+        """Depth of the output head; 0: the file's default."""
+        error = ffi.new("mq_error *")
+        _check(lib.mq_session_set_output_depth(self._handle, depth, error), error)
+
+    def eval(self, tokens: np.ndarray, logits: np.ndarray) -> None:
+        """Evaluate tokens, int32 [n], and fill `logits`, float32 [k, vocab_size], with those of the last k <= n."""
+        error = ffi.new("mq_error *")
+        _check(
+            lib.mq_session_eval(
+                self._handle,
+                ffi.from_buffer("int32_t[]", tokens),
+                len(tokens),
+                ffi.from_buffer("float[]", logits, require_writable=True) if len(logits) else ffi.NULL,
+                len(logits),
+                error,
+            ),
+            error,
+        )
+
+    def rewind(self, position: int) -> None:
+        """Forget every position from `position` on."""
+        error = ffi.new("mq_error *")
+        _check(lib.mq_session_rewind(self._handle, position, error), error)
+
+    def depths(self, first: int, n: int) -> np.ndarray:
+        """Depths that tokens first..first+n-1 read: uint8 [n, blocks, 7], q, k, v, output, gate, up, down."""
+        depths = np.empty((n, self._block_count, 7), np.uint8)
+        error = ffi.new("mq_error *")
+        buffer = ffi.from_buffer("uint8_t[]", depths, require_writable=True)
+        _check(lib.mq_session_depths(self._handle, first, n, buffer, error), error)
+        return depths
+
+
+def _text(value: Any) -> str:
+    return ffi.string(value).decode("utf-8")
+
+
+def _check(status: int, error: Any) -> None:
+    if status != lib.MQ_OK:
+        raise MobiQuantError(
+            ffi.string(error.message).decode("utf-8", errors="replace"), _text(lib.mq_status_name(status))
+        )
