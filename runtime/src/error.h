@@ -1,0 +1,17 @@
+/* error.h: filling in an mq_error. */
+#ifndef MQ_ERROR_H
+#define MQ_ERROR_H
+
+#include "mobiquant.h"
+
+#if defined(__GNUC__)
+#define MQ_PRINTF(text, first) __attribute__((format(printf, text, first)))
+#else
+#define MQ_PRINTF(text, first)
+#endif
+
+/* Write the message when error is not NULL (cut at its size) and return status, so that a caller can write
+ * `return mq_fail(...)`. */
+mq_status mq_fail(mq_error *error, mq_status status, const char *format, ...) MQ_PRINTF(3, 4);
+
+#endif

@@ -1,0 +1,221 @@
+/* forward.c: one batch of tokens through the model: norm, quantise and route, linears, attention, feed-forward, logits.
+ *
+ * Decode (one token) runs the small steps on the caller's thread and meets the pool once per group of linears and once for
+ * attention; prefill spreads the small steps over tokens as well. Each token's arithmetic is the same in both.
+ */
+#include "session.h"
+
+#include <string.h>
+
+typedef struct pass {
+    mq_session *session;
+    const mq_model *model;
+    const mq_block *block;
+    uint32_t block_index, n;
+    const float *source; /* [n][stride] input of the next linears, before its norm if any */
+    size_t stride, columns;
+    const float *norm;   /* NULL: no norm */
+    const mq_router *router; /* NULL: nothing to route (output head) */
+    size_t first_linear; /* of the router's, 0..6 */
+} pass;
+
+static uint8_t *depths_at(const pass *p, size_t token)
+{
+    const mq_session *s = p->session;
+    const size_t blocks = p->model->hparams.block_count;
+    return s->depths + ((s->position + token) * blocks + p->block_index) * MQ_LINEARS + p->first_linear;
+}
+
+/* Norm, quantise and route one token. */
+static void prepare_token(void *argument, size_t token, uint32_t thread)
+{
+    (void)thread;
+    const pass *p = argument;
+    mq_session *s = p->session;
+    const mq_hparams *hp = &p->model->hparams;
+    const mq_activations *act = &s->batch.activations;
+    const float *x = p->source + token * p->stride;
+    if (p->norm != NULL) {
+        float *normed = s->batch.normed + token * hp->embedding_length;
+        s->kernels->rmsnorm(x, p->norm, p->columns, hp->rms_epsilon, normed);
+        x = normed;
+    }
+    int8_t *q = act->q + token * act->groups * MQ_GROUP_SIZE;
+    float *scale = act->scale + token * act->groups;
+    const float squares = s->kernels->quantize(x, p->columns, q, scale, act->sum + token * act->groups);
+    if (p->router == NULL) {
+        return;
+    }
+    uint8_t *depths = depths_at(p, token);
+    if (s->fixed_depth != 0) {
+        memset(depths, (int)s->fixed_depth, p->router->linears);
+        return;
+    }
+    float hidden[MQ_MAX_ROUTER_HIDDEN];
+    s->kernels->router_hidden(p->router->hidden, hp->router_hidden, q, scale, act->groups, hidden);
+    const float *thresholds = s->thresholds + ((size_t)p->block_index * MQ_LINEARS + p->first_linear) * MQ_GATES;
+    mq_router_depths(p->router, hp, thresholds, hidden, squares, p->model->info.max_depth, depths);
+}
+
+static void prepare(pass *p, const float *source, size_t stride, size_t columns, const float *norm)
+{
+    p->source = source;
+    p->stride = stride;
+    p->columns = columns;
+    p->norm = norm;
+    p->session->batch.activations.groups = (uint32_t)((columns + MQ_GROUP_SIZE - 1) / MQ_GROUP_SIZE);
+    mq_pool_run(p->session->pool, prepare_token, p, p->n);
+}
+
+static void count_linear(mq_session *s, const mq_matrix *matrix, const mq_linear_job *job)
+{
+    for (uint32_t depth = 1; depth <= MQ_SLICE_COUNT; depth++) {
+        const uint64_t tokens = job->first[depth + 1] - job->first[depth];
+        const uint64_t weights = (uint64_t)matrix->rows * matrix->columns;
+        s->stats.routed_bits += tokens * MQ_SLICE_BITS * depth * weights;
+        s->stats.routed_weights += tokens * weights;
+        s->stats.bytes_read += tokens * mq_matrix_bytes(matrix, depth);
+    }
+}
+
+/* The linears that router `point` serves, after prepare(): outputs[i] gets rows of the i-th. */
+static void run_point(pass *p, size_t point, const float *source, size_t stride, const float *norm, float *const outputs[])
+{
+    mq_session *s = p->session;
+    const mq_hparams *hp = &p->model->hparams;
+    p->router = &p->block->router[point];
+    static const size_t FIRST[MQ_ROUTERS] = {0, 3, 4, 6};
+    p->first_linear = FIRST[point];
+    prepare(p, source, stride, p->router->columns, norm);
+    mq_linear_job jobs[MQ_MAX_JOBS];
+    for (size_t i = 0; i < p->router->linears; i++) {
+        const mq_matrix *matrix = &p->block->linear[p->first_linear + i];
+        jobs[i] = (mq_linear_job){.matrix = matrix, .y = outputs[i], .y_stride = matrix->rows};
+        mq_linear_sort(&jobs[i], depths_at(p, 0) + i, (size_t)hp->block_count * MQ_LINEARS, p->n, s->batch.order[i]);
+        count_linear(s, matrix, &jobs[i]);
+    }
+    if (s->fixed_depth == 0) {
+        s->stats.bytes_read += (uint64_t)p->n * hp->router_hidden * p->router->groups * MQ_GROUP_SIZE;
+    }
+    mq_linear_run(s->kernels, s->pool, &s->batch.activations, jobs, p->router->linears);
+}
+
+static uint16_t *cache_at(const pass *p, uint16_t *cache, size_t kv_head, size_t position)
+{
+    const mq_session *s = p->session;
+    const size_t head = (size_t)p->block_index * p->model->hparams.head_count_kv + kv_head;
+    return cache + (head * s->n_ctx + position) * s->head_dim_padded;
+}
+
+/* Rotate one token's queries and keys, and write its keys and values to the cache. */
+static void store_token(void *argument, size_t token, uint32_t thread)
+{
+    (void)thread;
+    const pass *p = argument;
+    mq_session *s = p->session;
+    const mq_hparams *hp = &p->model->hparams;
+    const size_t dim = hp->head_dim, position = s->position + token;
+    const float *cosine = s->cosine + position * (dim / 2), *sine = s->sine + position * (dim / 2);
+    for (size_t h = 0; h < hp->head_count; h++) {
+        s->kernels->rope(s->batch.q + (token * hp->head_count + h) * dim, cosine, sine, dim);
+    }
+    for (size_t h = 0; h < hp->head_count_kv; h++) {
+        float *key = s->batch.k + (token * hp->head_count_kv + h) * dim;
+        s->kernels->rope(key, cosine, sine, dim);
+        s->kernels->to_f16(key, cache_at(p, s->keys, h, position), dim);
+        s->kernels->to_f16(s->batch.v + (token * hp->head_count_kv + h) * dim, cache_at(p, s->values, h, position), dim);
+    }
+}
+
+/* Item: one token and one kv head with all the query heads that share it, so that its keys stay in the cache. */
+static void attend(void *argument, size_t item, uint32_t thread)
+{
+    const pass *p = argument;
+    mq_session *s = p->session;
+    const mq_hparams *hp = &p->model->hparams;
+    const size_t dim = hp->head_dim, shared = hp->head_count / hp->head_count_kv;
+    const size_t token = item / hp->head_count_kv, kv_head = item % hp->head_count_kv;
+    const mq_scratch *scratch = &s->scratch[thread];
+    const float scale = s->attention_scale;
+    for (size_t i = 0; i < shared; i++) {
+        const size_t at = (token * hp->head_count + kv_head * shared + i) * dim;
+        memcpy(scratch->query, s->batch.q + at, dim * sizeof(float)); /* the padding after it stays 0 */
+        s->kernels->attention(scratch->query, cache_at(p, s->keys, kv_head, 0), cache_at(p, s->values, kv_head, 0),
+                              s->head_dim_padded, s->position + token + 1, s->head_dim_padded, scale, scratch->scores,
+                              scratch->out);
+        memcpy(s->batch.attended + at, scratch->out, dim * sizeof(float));
+    }
+}
+
+static void swiglu_token(void *argument, size_t token, uint32_t thread)
+{
+    (void)thread;
+    const pass *p = argument;
+    mq_batch *batch = &p->session->batch;
+    const size_t ff = p->model->hparams.feed_forward_length;
+    p->session->kernels->swiglu(batch->gate + token * ff, batch->up + token * ff, ff);
+}
+
+static void add_token(void *argument, size_t token, uint32_t thread)
+{
+    (void)thread;
+    const pass *p = argument;
+    mq_batch *batch = &p->session->batch;
+    const size_t width = p->model->hparams.embedding_length;
+    p->session->kernels->add(batch->x + token * width, batch->branch + token * width, width);
+}
+
+static void run_block(pass *p)
+{
+    mq_session *s = p->session;
+    mq_batch *batch = &s->batch;
+    const mq_hparams *hp = &p->model->hparams;
+    const size_t width = hp->embedding_length, ff = hp->feed_forward_length, q_width = (size_t)hp->head_count * hp->head_dim;
+    run_point(p, 0, batch->x, width, p->block->attn_norm, (float *const[]){batch->q, batch->k, batch->v});
+    mq_pool_run(s->pool, store_token, p, p->n);
+    mq_pool_run(s->pool, attend, p, (size_t)p->n * hp->head_count_kv);
+    run_point(p, 1, batch->attended, q_width, NULL, (float *const[]){batch->branch});
+    mq_pool_run(s->pool, add_token, p, p->n);
+    run_point(p, 2, batch->x, width, p->block->ffn_norm, (float *const[]){batch->gate, batch->up});
+    mq_pool_run(s->pool, swiglu_token, p, p->n);
+    run_point(p, 3, batch->gate, ff, NULL, (float *const[]){batch->branch});
+    mq_pool_run(s->pool, add_token, p, p->n);
+    s->stats.bytes_read += (uint64_t)p->n * 2 * width * sizeof(float);
+}
+
+/* Logits of the last n_logits tokens; the head has one depth for all of them. */
+static void run_output(pass *p, float *logits, uint32_t n_logits)
+{
+    mq_session *s = p->session;
+    const mq_hparams *hp = &p->model->hparams;
+    const float *last = s->batch.x + (size_t)(p->n - n_logits) * hp->embedding_length;
+    p->n = n_logits;
+    p->router = NULL;
+    prepare(p, last, hp->embedding_length, hp->embedding_length, p->model->output_norm);
+    mq_linear_job job = {.matrix = &p->model->output, .y = logits, .y_stride = hp->vocab_size};
+    const uint8_t depth = (uint8_t)s->output_depth;
+    mq_linear_sort(&job, &depth, 0, n_logits, s->batch.order[0]);
+    mq_linear_run(s->kernels, s->pool, &s->batch.activations, &job, 1);
+    s->stats.bytes_read += n_logits * ((uint64_t)mq_matrix_bytes(&p->model->output, depth) + hp->embedding_length * sizeof(float));
+}
+
+void mq_forward(mq_session *session, const int32_t *tokens, uint32_t n, float *logits, uint32_t n_logits)
+{
+    const mq_model *model = session->model;
+    const mq_hparams *hp = &model->hparams;
+    pass p = {.session = session, .model = model, .n = n};
+    for (uint32_t t = 0; t < n; t++) {
+        mq_embedding_row(&model->embedding, hp->embedding_depth, (uint32_t)tokens[t],
+                         session->batch.x + (size_t)t * hp->embedding_length);
+    }
+    session->stats.tokens += n;
+    session->stats.bytes_read += n * ((uint64_t)mq_matrix_bytes(&model->embedding, hp->embedding_depth) / hp->vocab_size);
+    for (uint32_t i = 0; i < hp->block_count; i++) {
+        p.block = &model->blocks[i];
+        p.block_index = i;
+        run_block(&p);
+    }
+    if (n_logits > 0) {
+        run_output(&p, logits, n_logits);
+    }
+}

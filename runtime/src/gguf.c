@@ -1,0 +1,464 @@
+/* gguf.c: reading the container. Every count and size is compared with the bytes that remain before it is used, and every
+ * sum is checked; an index is built once, sorted by name. */
+#include "gguf.h"
+
+#include "error.h"
+#include "keys.h"
+#include "memory.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Limits far above real files: a hostile count fails here, before any allocation. */
+enum { MAX_KEYS = 4096, MAX_TENSORS = 65536, MAX_NAME = 256, MAX_DIMS = 4, MIN_KEY_BYTES = 13, MIN_TENSOR_BYTES = 32 };
+
+typedef struct cursor {
+    const gguf_file *file;
+    size_t offset;
+    mq_error *error;
+} cursor;
+
+static mq_status truncated(const cursor *at, const char *what, uint64_t need)
+{
+    return mq_fail(at->error, MQ_ERR_TRUNCATED, "%s: file ends in its header: %s at byte %zu needs %" PRIu64
+                   " bytes, %zu remain", at->file->path, what, at->offset, need, at->file->size - at->offset);
+}
+
+static mq_status take(cursor *at, uint64_t count, const char *what, const uint8_t **bytes)
+{
+    if (count > at->file->size - at->offset) {
+        return truncated(at, what, count);
+    }
+    *bytes = at->file->data + at->offset;
+    at->offset += (size_t)count;
+    return MQ_OK;
+}
+
+static mq_status take_u32(cursor *at, const char *what, uint32_t *value)
+{
+    const uint8_t *bytes = NULL;
+    const mq_status status = take(at, sizeof *value, what, &bytes);
+    if (status == MQ_OK) {
+        memcpy(value, bytes, sizeof *value);
+    }
+    return status;
+}
+
+static mq_status take_u64(cursor *at, const char *what, uint64_t *value)
+{
+    const uint8_t *bytes = NULL;
+    const mq_status status = take(at, sizeof *value, what, &bytes);
+    if (status == MQ_OK) {
+        memcpy(value, bytes, sizeof *value);
+    }
+    return status;
+}
+
+static mq_status take_name(cursor *at, const char *what, const char **name, size_t *size)
+{
+    uint64_t count = 0;
+    mq_status status = take_u64(at, what, &count);
+    if (status != MQ_OK) {
+        return status;
+    }
+    if (count == 0 || count > MAX_NAME) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: %s: expected 1 to %d bytes, found %" PRIu64, at->file->path, what,
+                       MAX_NAME, count);
+    }
+    const uint8_t *bytes = NULL;
+    status = take(at, count, what, &bytes);
+    *name = (const char *)bytes;
+    *size = (size_t)count;
+    return status;
+}
+
+/* Bytes of one value of a fixed-size type; 0 for strings, arrays and unknown types. */
+static size_t value_size(uint32_t type)
+{
+    static const uint8_t sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+    return type < sizeof sizes ? sizes[type] : 0;
+}
+
+static mq_status take_string_value(cursor *at, gguf_key *key)
+{
+    mq_status status = take_u64(at, "length of a string value", &key->count);
+    if (status == MQ_OK) {
+        status = take(at, key->count, "string value", &key->value);
+    }
+    return status;
+}
+
+static mq_status take_array_value(cursor *at, gguf_key *key)
+{
+    key->is_array = 1;
+    mq_status status = take_u32(at, "element type of an array", &key->type);
+    if (status == MQ_OK) {
+        status = take_u64(at, "length of an array", &key->count);
+    }
+    if (status != MQ_OK) {
+        return status;
+    }
+    const size_t size = value_size(key->type);
+    if (size != 0) {
+        if (key->count > (at->file->size - at->offset) / size) {
+            return truncated(at, "array value", key->count);
+        }
+        return take(at, key->count * size, "array value", &key->value);
+    }
+    if (key->type != GGUF_STRING) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: key '%.*s': expected a flat array, found elements of type %" PRIu32,
+                       at->file->path, (int)key->name_size, key->name, key->type);
+    }
+    key->value = at->file->data + at->offset;
+    for (uint64_t i = 0; i < key->count; i++) { /* each takes 8 bytes at least, so the file bounds the loop */
+        gguf_key element = {0};
+        status = take_string_value(at, &element);
+        if (status != MQ_OK) {
+            return status;
+        }
+    }
+    return MQ_OK;
+}
+
+static mq_status take_key(cursor *at, gguf_key *key)
+{
+    mq_status status = take_name(at, "name of a key", &key->name, &key->name_size);
+    if (status == MQ_OK) {
+        status = take_u32(at, "type of a key", &key->type);
+    }
+    if (status != MQ_OK) {
+        return status;
+    }
+    key->count = 1;
+    if (key->type == GGUF_STRING) {
+        return take_string_value(at, key);
+    }
+    if (key->type == GGUF_ARRAY) {
+        return take_array_value(at, key);
+    }
+    const size_t size = value_size(key->type);
+    if (size == 0) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: key '%.*s': expected a value type from 0 to 12, found %" PRIu32,
+                       at->file->path, (int)key->name_size, key->name, key->type);
+    }
+    return take(at, size, "value of a key", &key->value);
+}
+
+static mq_status take_tensor(cursor *at, gguf_tensor *tensor, uint64_t *relative_offset)
+{
+    const char *path = at->file->path;
+    mq_status status = take_name(at, "name of a tensor", &tensor->name, &tensor->name_size);
+    uint32_t dims = 0;
+    if (status == MQ_OK) {
+        status = take_u32(at, "number of dimensions", &dims);
+    }
+    if (status != MQ_OK) {
+        return status;
+    }
+    const int name_size = (int)tensor->name_size;
+    if (dims < 1 || dims > MAX_DIMS) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': expected 1 to 4 dimensions, found %" PRIu32, path,
+                       name_size, tensor->name, dims);
+    }
+    size_t count = 1;
+    for (size_t i = 0; i < MAX_DIMS; i++) {
+        tensor->shape[i] = 1;
+    }
+    for (size_t i = 0; i < dims; i++) { /* the file lists the fastest dimension first */
+        uint64_t length = 0;
+        status = take_u64(at, "dimension", &length);
+        if (status != MQ_OK) {
+            return status;
+        }
+        if (length == 0 || length > SIZE_MAX || !mq_mul(count, (size_t)length, &count)) {
+            return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': dimension %zu is %" PRIu64
+                           ": the size is zero or wraps", path, name_size, tensor->name, i, length);
+        }
+        tensor->shape[MAX_DIMS - 1 - i] = length;
+    }
+    status = take_u32(at, "type of a tensor", &tensor->type);
+    if (status == MQ_OK) {
+        status = take_u64(at, "offset of a tensor", relative_offset);
+    }
+    if (status != MQ_OK) {
+        return status;
+    }
+    const size_t width = tensor->type == GGML_F32 ? 4 : tensor->type == GGML_F16 ? 2 : tensor->type == GGML_I8 ? 1 : 0;
+    if (width == 0) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': expected type F32, F16 or I8, found type %" PRIu32, path,
+                       name_size, tensor->name, tensor->type);
+    }
+    if (!mq_mul(count, width, &tensor->size)) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': its size wraps", path, name_size, tensor->name);
+    }
+    return MQ_OK;
+}
+
+static int compare_names(const char *a, size_t a_size, const char *b, size_t b_size)
+{
+    const int order = memcmp(a, b, a_size < b_size ? a_size : b_size);
+    return order != 0 ? order : (a_size > b_size) - (a_size < b_size);
+}
+
+static int compare_keys(const void *a, const void *b)
+{
+    const gguf_key *x = a, *y = b;
+    return compare_names(x->name, x->name_size, y->name, y->name_size);
+}
+
+static int compare_tensors(const void *a, const void *b)
+{
+    const gguf_tensor *x = a, *y = b;
+    return compare_names(x->name, x->name_size, y->name, y->name_size);
+}
+
+/* Tensors lie one after another in the order of their infos, each at the next multiple of the alignment. */
+static mq_status place_tensor(const cursor *at, gguf_tensor *tensor, uint64_t relative_offset, size_t data_start,
+                              int32_t allow_partial, size_t *end)
+{
+    const gguf_file *file = at->file;
+    size_t start = 0;
+    if (!mq_add(*end, MQ_ALIGNMENT - 1, &start)) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': its place wraps", file->path, (int)tensor->name_size,
+                       tensor->name);
+    }
+    start -= start % MQ_ALIGNMENT;
+    if (relative_offset != start - data_start) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': expected offset %zu (no gap, no overlap), found %" PRIu64,
+                       file->path, (int)tensor->name_size, tensor->name, start - data_start, relative_offset);
+    }
+    if (!mq_add(start, tensor->size, end)) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': its end wraps", file->path, (int)tensor->name_size,
+                       tensor->name);
+    }
+    tensor->offset = start;
+    tensor->present = *end <= file->size;
+    if (!tensor->present && !allow_partial) {
+        return mq_fail(at->error, MQ_ERR_TRUNCATED, "%s: tensor '%.*s' ends at byte %zu, the file at %zu; a file cut after its "
+                       "last base slice opens as a partial model on request", file->path, (int)tensor->name_size, tensor->name,
+                       *end, file->size);
+    }
+    return MQ_OK;
+}
+
+/* The architecture comes first, so that another program's file is refused by its name and not by a detail. */
+static mq_status check_identity(const gguf_file *file, mq_error *error)
+{
+    uint32_t alignment = 0;
+    mq_status status = gguf_expect_string(file, MQ_KEY_ARCHITECTURE, MQ_ARCHITECTURE, MQ_ERR_UNSUPPORTED, error);
+    if (status == MQ_OK) {
+        status = gguf_u32(file, MQ_KEY_ALIGNMENT, &alignment, error);
+    }
+    if (status == MQ_OK && alignment != MQ_ALIGNMENT) {
+        return mq_fail(error, MQ_ERR_FORMAT, "%s: key '%s': expected %d, found %" PRIu32, file->path, MQ_KEY_ALIGNMENT,
+                       MQ_ALIGNMENT, alignment);
+    }
+    return status;
+}
+
+/* Sort by name and refuse doubles. Before that `keys` is in file order. */
+static mq_status index_keys(gguf_file *file, mq_error *error)
+{
+    qsort(file->keys, file->key_count, sizeof *file->keys, compare_keys);
+    for (size_t i = 1; i < file->key_count; i++) {
+        if (compare_keys(&file->keys[i - 1], &file->keys[i]) == 0) {
+            return mq_fail(error, MQ_ERR_FORMAT, "%s: key '%.*s' appears twice", file->path, (int)file->keys[i].name_size,
+                           file->keys[i].name);
+        }
+    }
+    return MQ_OK;
+}
+
+static mq_status index_tensors(gguf_file *file, mq_error *error)
+{
+    qsort(file->tensors, file->tensor_count, sizeof *file->tensors, compare_tensors);
+    for (size_t i = 1; i < file->tensor_count; i++) {
+        if (compare_tensors(&file->tensors[i - 1], &file->tensors[i]) == 0) {
+            return mq_fail(error, MQ_ERR_FORMAT, "%s: tensor '%.*s' appears twice", file->path,
+                           (int)file->tensors[i].name_size, file->tensors[i].name);
+        }
+    }
+    return MQ_OK;
+}
+
+static mq_status read_header(cursor *at, uint64_t *tensor_count, uint64_t *key_count)
+{
+    const char *path = at->file->path;
+    const uint8_t *magic = NULL;
+    uint32_t version = 0;
+    if (at->file->size < 4 || memcmp(at->file->data, "GGUF", 4) != 0) {
+        return mq_fail(at->error, MQ_ERR_NOT_GGUF, "%s: not a GGUF file: expected the first bytes 'GGUF'", path);
+    }
+    mq_status status = take(at, 4, "magic", &magic);
+    if (status == MQ_OK) {
+        status = take_u32(at, "version", &version);
+    }
+    if (status == MQ_OK && version != 3) {
+        return mq_fail(at->error, MQ_ERR_NOT_GGUF, "%s: expected GGUF version 3, found %" PRIu32, path, version);
+    }
+    if (status == MQ_OK) {
+        status = take_u64(at, "number of tensors", tensor_count);
+    }
+    if (status == MQ_OK) {
+        status = take_u64(at, "number of keys", key_count);
+    }
+    if (status != MQ_OK) {
+        return status;
+    }
+    const size_t remain = at->file->size - at->offset;
+    if (*key_count > MAX_KEYS || *key_count * MIN_KEY_BYTES > remain) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: header claims %" PRIu64 " keys: expected at most %d that fit in the "
+                       "%zu bytes left", path, *key_count, MAX_KEYS, remain);
+    }
+    if (*tensor_count > MAX_TENSORS || *tensor_count * MIN_TENSOR_BYTES > remain) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: header claims %" PRIu64 " tensors: expected at most %d that fit in the "
+                       "%zu bytes left", path, *tensor_count, MAX_TENSORS, remain);
+    }
+    return MQ_OK;
+}
+
+static mq_status read_tensors(cursor *at, gguf_file *file, int32_t allow_partial, uint64_t *relative_offsets)
+{
+    for (size_t i = 0; i < file->tensor_count; i++) {
+        const mq_status status = take_tensor(at, &file->tensors[i], &relative_offsets[i]);
+        if (status != MQ_OK) {
+            return status;
+        }
+    }
+    size_t data_start = 0;
+    if (!mq_add(at->offset, MQ_ALIGNMENT - 1, &data_start)) {
+        return truncated(at, "tensor data", 1);
+    }
+    data_start -= data_start % MQ_ALIGNMENT;
+    size_t end = data_start;
+    for (size_t i = 0; i < file->tensor_count; i++) {
+        const mq_status status = place_tensor(at, &file->tensors[i], relative_offsets[i], data_start, allow_partial, &end);
+        if (status != MQ_OK) {
+            return status;
+        }
+    }
+    size_t padded_end = 0;
+    if (!mq_add(end, MQ_ALIGNMENT - 1, &padded_end)) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: the file's end wraps", file->path);
+    }
+    padded_end -= padded_end % MQ_ALIGNMENT; /* writers may pad the last tensor too */
+    file->expected_size = file->size > end ? padded_end : end;
+    if (file->size > end && file->size != padded_end) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: expected %zu bytes, found %zu: bytes after the last tensor", file->path,
+                       padded_end, file->size);
+    }
+    return MQ_OK;
+}
+
+mq_status gguf_open(const char *path, const uint8_t *data, size_t size, int32_t allow_partial, gguf_file *file,
+                    mq_error *error)
+{
+    *file = (gguf_file){.path = path, .data = data, .size = size};
+    cursor at = {file, 0, error};
+    uint64_t tensor_count = 0, key_count = 0;
+    uint64_t *relative_offsets = NULL;
+    mq_status status = read_header(&at, &tensor_count, &key_count);
+    if (status != MQ_OK) {
+        goto done;
+    }
+    file->keys = mq_alloc((size_t)key_count, sizeof *file->keys);
+    file->tensors = mq_alloc((size_t)tensor_count, sizeof *file->tensors);
+    relative_offsets = mq_alloc((size_t)tensor_count, sizeof *relative_offsets);
+    if (file->keys == NULL || file->tensors == NULL || relative_offsets == NULL) {
+        status = mq_fail(error, MQ_ERR_MEMORY, "%s: cannot allocate the index of the file", path);
+        goto done;
+    }
+    file->key_count = (size_t)key_count;
+    file->tensor_count = (size_t)tensor_count;
+    for (size_t i = 0; i < file->key_count && status == MQ_OK; i++) {
+        status = take_key(&at, &file->keys[i]);
+    }
+    if (status == MQ_OK) {
+        status = index_keys(file, error);
+    }
+    if (status == MQ_OK) {
+        status = check_identity(file, error);
+    }
+    if (status == MQ_OK) {
+        status = read_tensors(&at, file, allow_partial, relative_offsets);
+    }
+    if (status == MQ_OK) {
+        status = index_tensors(file, error);
+    }
+done:
+    free(relative_offsets);
+    if (status != MQ_OK) {
+        gguf_close(file);
+    }
+    return status;
+}
+
+void gguf_close(gguf_file *file)
+{
+    free(file->keys);
+    free(file->tensors);
+    *file = (gguf_file){0};
+}
+
+const gguf_key *gguf_find_key(const gguf_file *file, const char *name)
+{
+    const gguf_key wanted = {.name = name, .name_size = strlen(name)};
+    return bsearch(&wanted, file->keys, file->key_count, sizeof *file->keys, compare_keys);
+}
+
+const gguf_tensor *gguf_find_tensor(const gguf_file *file, const char *name)
+{
+    const gguf_tensor wanted = {.name = name, .name_size = strlen(name)};
+    return bsearch(&wanted, file->tensors, file->tensor_count, sizeof *file->tensors, compare_tensors);
+}
+
+static mq_status find_typed(const gguf_file *file, const char *name, uint32_t type, const char *type_name,
+                            const gguf_key **key, mq_error *error)
+{
+    *key = gguf_find_key(file, name);
+    if (*key == NULL) {
+        return mq_fail(error, MQ_ERR_FORMAT, "%s: key '%s' is missing", file->path, name);
+    }
+    if ((*key)->type != type || (*key)->is_array) {
+        return mq_fail(error, MQ_ERR_FORMAT, "%s: key '%s': expected %s, found %s of type %" PRIu32, file->path, name,
+                       type_name, (*key)->is_array ? "an array" : "a value", (*key)->type);
+    }
+    return MQ_OK;
+}
+
+mq_status gguf_u32(const gguf_file *file, const char *name, uint32_t *value, mq_error *error)
+{
+    const gguf_key *key = NULL;
+    const mq_status status = find_typed(file, name, GGUF_U32, "u32", &key, error);
+    if (status == MQ_OK) {
+        memcpy(value, key->value, sizeof *value);
+    }
+    return status;
+}
+
+mq_status gguf_f32(const gguf_file *file, const char *name, float *value, mq_error *error)
+{
+    const gguf_key *key = NULL;
+    const mq_status status = find_typed(file, name, GGUF_F32, "f32", &key, error);
+    if (status == MQ_OK) {
+        memcpy(value, key->value, sizeof *value);
+    }
+    return status;
+}
+
+mq_status gguf_expect_string(const gguf_file *file, const char *name, const char *expected, mq_status wrong,
+                             mq_error *error)
+{
+    const gguf_key *key = NULL;
+    const mq_status status = find_typed(file, name, GGUF_STRING, "a string", &key, error);
+    if (status != MQ_OK) {
+        return status;
+    }
+    if (key->count != strlen(expected) || memcmp(key->value, expected, (size_t)key->count) != 0) {
+        const int shown = key->count < 64 ? (int)key->count : 64;
+        return mq_fail(error, wrong, "%s: key '%s': expected '%s', found '%.*s'", file->path, name, expected, shown,
+                       (const char *)key->value);
+    }
+    return MQ_OK;
+}

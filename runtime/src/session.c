@@ -1,0 +1,341 @@
+/* session.c: opening and closing sessions, settings, and the checks before a forward pass. */
+#include "session.h"
+
+#include "error.h"
+#include "memory.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef MQ_VERSION
+#define MQ_VERSION "unversioned"
+#endif
+
+enum { DEFAULT_BATCH = 512, MAX_ALLOCATIONS = 32, LANES = 16 };
+
+const char *mq_version(void)
+{
+    return MQ_VERSION;
+}
+
+/* One zeroed array that the session owns; NULL is remembered by the caller's check of *failed. */
+static void *own(mq_session *session, size_t count, size_t size, int32_t *failed)
+{
+    void *memory = session->n_allocations < MAX_ALLOCATIONS ? mq_alloc(count, size) : NULL;
+    if (memory == NULL) {
+        *failed = 1;
+        return NULL;
+    }
+    session->allocations[session->n_allocations++] = memory;
+    return memory;
+}
+
+/* a·b·c, or SIZE_MAX, which no allocation satisfies. */
+static size_t product(size_t a, size_t b, size_t c)
+{
+    size_t total = 0;
+    return mq_mul(a, b, &total) && mq_mul(total, c, &total) ? total : SIZE_MAX;
+}
+
+static int32_t allocate_batch(mq_session *session)
+{
+    const mq_hparams *hp = &session->model->hparams;
+    mq_batch *batch = &session->batch;
+    const size_t n = session->n_batch, width = hp->embedding_length, ff = hp->feed_forward_length;
+    const size_t q_width = (size_t)hp->head_count * hp->head_dim, kv_width = (size_t)hp->head_count_kv * hp->head_dim;
+    size_t widest = width > ff ? width : ff;
+    widest = q_width > widest ? q_width : widest;
+    const size_t groups = (widest + MQ_GROUP_SIZE - 1) / MQ_GROUP_SIZE;
+    int32_t failed = 0;
+    batch->x = own(session, product(n, width, 1), sizeof(float), &failed);
+    batch->normed = own(session, product(n, width, 1), sizeof(float), &failed);
+    batch->branch = own(session, product(n, width, 1), sizeof(float), &failed);
+    batch->q = own(session, product(n, q_width, 1), sizeof(float), &failed);
+    batch->attended = own(session, product(n, q_width, 1), sizeof(float), &failed);
+    batch->k = own(session, product(n, kv_width, 1), sizeof(float), &failed);
+    batch->v = own(session, product(n, kv_width, 1), sizeof(float), &failed);
+    batch->gate = own(session, product(n, ff, 1), sizeof(float), &failed);
+    batch->up = own(session, product(n, ff, 1), sizeof(float), &failed);
+    batch->activations.q = own(session, product(n, groups, MQ_GROUP_SIZE), sizeof(int8_t), &failed);
+    batch->activations.scale = own(session, product(n, groups, 1), sizeof(float), &failed);
+    batch->activations.sum = own(session, product(n, groups, 1), sizeof(float), &failed);
+    for (size_t i = 0; i < MQ_MAX_JOBS; i++) {
+        batch->order[i] = own(session, n, sizeof(uint32_t), &failed);
+    }
+    return failed;
+}
+
+static int32_t allocate(mq_session *session, uint32_t n_threads)
+{
+    const mq_hparams *hp = &session->model->hparams;
+    const size_t ctx = session->n_ctx, padded = session->head_dim_padded, half = hp->head_dim / 2;
+    int32_t failed = allocate_batch(session);
+    const size_t cache = product(product(hp->block_count, hp->head_count_kv, 1), ctx, padded);
+    session->keys = own(session, cache, sizeof(uint16_t), &failed);
+    session->values = own(session, cache, sizeof(uint16_t), &failed);
+    session->cosine = own(session, product(ctx, half, 1), sizeof(float), &failed);
+    session->sine = own(session, product(ctx, half, 1), sizeof(float), &failed);
+    session->depths = own(session, product(ctx, hp->block_count, MQ_LINEARS), sizeof(uint8_t), &failed);
+    session->thresholds = own(session, product(hp->block_count, MQ_LINEARS, MQ_GATES), sizeof(float), &failed);
+    session->scratch = own(session, n_threads, sizeof(mq_scratch), &failed);
+    /* a thread's scratch in whole cache lines, so that no line is shared */
+    const size_t scores = (ctx + LANES - 1) / LANES * LANES;
+    float *floats = own(session, product(n_threads, scores + 2 * padded, 1), sizeof(float), &failed);
+    for (size_t i = 0; i < n_threads && !failed; i++) {
+        session->scratch[i].scores = floats + i * (scores + 2 * padded);
+        session->scratch[i].query = session->scratch[i].scores + scores;
+        session->scratch[i].out = session->scratch[i].query + padded;
+    }
+    return failed;
+}
+
+/* Angles in float32 like the reference's, the cosine itself in double. */
+static void fill_rope(mq_session *session)
+{
+    const size_t half = session->model->hparams.head_dim / 2;
+    for (size_t p = 0; p < session->n_ctx; p++) {
+        for (size_t i = 0; i < half; i++) {
+            const float angle = (float)p * session->model->inv_freq[i];
+            session->cosine[p * half + i] = (float)cos((double)angle);
+            session->sine[p * half + i] = (float)sin((double)angle);
+        }
+    }
+}
+
+static mq_status check_options(const mq_model *model, const mq_session_options *options, mq_session *session, mq_error *error)
+{
+    const uint32_t limit = model->hparams.context_length;
+    session->n_ctx = options->n_ctx == 0 ? limit : options->n_ctx;
+    if (session->n_ctx > limit) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "n_ctx: expected at most %" PRIu32 ", the context the model was trained for, found "
+                       "%" PRIu32, limit, session->n_ctx);
+    }
+    session->n_batch = options->n_batch == 0 ? DEFAULT_BATCH : options->n_batch;
+    session->n_batch = session->n_batch < session->n_ctx ? session->n_batch : session->n_ctx;
+    session->kernels = mq_kernels_find(options->kernel);
+    if (session->kernels == NULL) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "kernel: '%s' is unknown or not supported by this CPU", options->kernel);
+    }
+    return MQ_OK;
+}
+
+mq_status mq_session_open(const mq_model *model, const mq_session_options *options, mq_session **out, mq_error *error)
+{
+    const mq_session_options plain = {0};
+    options = options == NULL ? &plain : options;
+    *out = NULL;
+    mq_session *session = mq_alloc(1, sizeof *session);
+    if (session != NULL) {
+        session->allocations = mq_alloc(MAX_ALLOCATIONS, sizeof *session->allocations);
+    }
+    if (session == NULL || session->allocations == NULL) {
+        mq_session_close(session);
+        return mq_fail(error, MQ_ERR_MEMORY, "cannot allocate a session");
+    }
+    session->model = model;
+    session->head_dim_padded = (model->hparams.head_dim + LANES - 1) / LANES * LANES;
+    session->attention_scale = 1.0f / sqrtf((float)model->hparams.head_dim);
+    session->fixed_depth = model->info.max_depth;
+    session->output_depth = model->hparams.output_depth;
+    atomic_flag_clear(&session->busy);
+    const uint32_t n_threads = options->n_threads == 0 ? 1 : options->n_threads;
+    mq_status status = check_options(model, options, session, error);
+    if (status == MQ_OK) {
+        status = mq_pool_open(n_threads, &session->pool, error);
+    }
+    if (status == MQ_OK && allocate(session, n_threads)) {
+        status = mq_fail(error, MQ_ERR_MEMORY, "cannot allocate a session of %" PRIu32 " positions and batches of %" PRIu32
+                         " tokens", session->n_ctx, session->n_batch);
+    }
+    if (status != MQ_OK) {
+        mq_session_close(session);
+        return status;
+    }
+    fill_rope(session);
+    *out = session;
+    return MQ_OK;
+}
+
+void mq_session_close(mq_session *session)
+{
+    if (session == NULL) {
+        return;
+    }
+    mq_pool_close(session->pool);
+    for (size_t i = 0; i < session->n_allocations; i++) {
+        free(session->allocations[i]);
+    }
+    free(session->allocations);
+    free(session);
+}
+
+const char *mq_session_kernel(const mq_session *session)
+{
+    return session->kernels->name;
+}
+
+/* Every call that changes a session takes it; a second thread gets an error and not a race. */
+static mq_status acquire(mq_session *session, mq_error *error)
+{
+    if (atomic_flag_test_and_set_explicit(&session->busy, memory_order_acquire)) {
+        return mq_fail(error, MQ_ERR_BUSY, "the session is in use by another thread; open one session per thread");
+    }
+    return MQ_OK;
+}
+
+static void release(mq_session *session)
+{
+    atomic_flag_clear_explicit(&session->busy, memory_order_release);
+}
+
+static mq_status check_depth(const mq_model *model, const char *what, uint32_t depth, mq_error *error)
+{
+    if (depth < 1 || depth > model->info.max_depth) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "%s: expected 1 to %" PRIu32 ", the slices in %s, found %" PRIu32, what,
+                       model->info.max_depth, model->path, depth);
+    }
+    return MQ_OK;
+}
+
+mq_status mq_session_set_depth(mq_session *session, uint32_t depth, mq_error *error)
+{
+    mq_status status = check_depth(session->model, "depth", depth, error);
+    if (status == MQ_OK) {
+        status = acquire(session, error);
+    }
+    if (status == MQ_OK) {
+        session->fixed_depth = depth;
+        release(session);
+    }
+    return status;
+}
+
+mq_status mq_session_set_output_depth(mq_session *session, uint32_t depth, mq_error *error)
+{
+    depth = depth == 0 ? session->model->hparams.output_depth : depth;
+    uint32_t available = 0;
+    while (available < MQ_SLICE_COUNT && session->model->output.plane[available] != NULL) {
+        available++;
+    }
+    if (depth > available) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "output depth: expected 1 to %" PRIu32 ", the slices in %s, found %" PRIu32,
+                       available, session->model->path, depth);
+    }
+    const mq_status status = acquire(session, error);
+    if (status == MQ_OK) {
+        session->output_depth = depth;
+        release(session);
+    }
+    return status;
+}
+
+mq_status mq_session_set_average_bits(mq_session *session, float bits, mq_error *error)
+{
+    const mq_model *model = session->model;
+    const float most = (float)(MQ_SLICE_BITS * model->info.max_depth);
+    if (!(bits >= (float)MQ_SLICE_BITS && bits <= most)) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "average bits: expected %d to %g, found %g", MQ_SLICE_BITS, (double)most,
+                       (double)bits);
+    }
+    const mq_status status = acquire(session, error);
+    if (status != MQ_OK) {
+        return status;
+    }
+    session->fixed_depth = 0;
+    float *thresholds = session->thresholds;
+    for (uint32_t i = 0; i < model->hparams.block_count; i++) {
+        for (size_t j = 0; j < MQ_ROUTERS; j++) {
+            const mq_router *router = &model->blocks[i].router[j];
+            mq_router_thresholds(router, &model->hparams, bits, thresholds);
+            thresholds += (size_t)router->linears * MQ_GATES;
+        }
+    }
+    release(session);
+    return MQ_OK;
+}
+
+static mq_status check_tokens(const mq_session *session, const int32_t *tokens, size_t n, size_t n_logits, mq_error *error)
+{
+    const uint32_t vocab = session->model->hparams.vocab_size;
+    if (n > session->n_ctx - session->position) {
+        return mq_fail(error, MQ_ERR_CONTEXT_FULL, "%zu tokens do not fit: %" PRIu32 " of %" PRIu32 " positions are left", n,
+                       session->n_ctx - session->position, session->n_ctx);
+    }
+    if (n_logits > n) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "n_logits: expected at most the %zu tokens given, found %zu", n, n_logits);
+    }
+    for (size_t i = 0; i < n; i++) {
+        if (tokens[i] < 0 || (uint32_t)tokens[i] >= vocab) {
+            return mq_fail(error, MQ_ERR_ARGUMENT, "token %zu: expected an id from 0 to %" PRIu32 ", found %" PRId32, i, vocab - 1,
+                           tokens[i]);
+        }
+    }
+    return MQ_OK;
+}
+
+mq_status mq_session_eval(mq_session *session, const int32_t *tokens, size_t n, float *logits, size_t n_logits, mq_error *error)
+{
+    mq_status status = acquire(session, error);
+    if (status != MQ_OK) {
+        return status;
+    }
+    status = check_tokens(session, tokens, n, n_logits, error);
+    for (size_t done = 0; done < n && status == MQ_OK;) {
+        const size_t left = n - done;
+        const uint32_t count = left < session->n_batch ? (uint32_t)left : session->n_batch;
+        const size_t after = left - count; /* tokens still to come */
+        const size_t wanted = n_logits > after ? n_logits - after : 0;
+        const uint32_t here = wanted < count ? (uint32_t)wanted : count;
+        mq_forward(session, tokens + done, count, logits, here);
+        logits = here > 0 ? logits + (size_t)here * session->model->hparams.vocab_size : logits;
+        n_logits -= here;
+        session->position += count;
+        done += count;
+    }
+    release(session);
+    return status;
+}
+
+uint32_t mq_session_position(const mq_session *session)
+{
+    return session->position;
+}
+
+uint32_t mq_session_context(const mq_session *session)
+{
+    return session->n_ctx;
+}
+
+mq_status mq_session_rewind(mq_session *session, uint32_t position, mq_error *error)
+{
+    mq_status status = acquire(session, error);
+    if (status != MQ_OK) {
+        return status;
+    }
+    if (position > session->position) {
+        status = mq_fail(error, MQ_ERR_ARGUMENT, "position: expected at most %" PRIu32 ", found %" PRIu32, session->position,
+                         position);
+    } else {
+        session->position = position;
+    }
+    release(session);
+    return status;
+}
+
+void mq_session_get_stats(const mq_session *session, mq_stats *stats)
+{
+    *stats = session->stats;
+}
+
+mq_status mq_session_depths(const mq_session *session, uint32_t first, uint32_t n, uint8_t *depths, mq_error *error)
+{
+    if (first > session->position || n > session->position - first) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "positions %" PRIu32 " to %" PRIu64 ": expected positions below %" PRIu32, first,
+                       (uint64_t)first + n, session->position);
+    }
+    const size_t row = (size_t)session->model->hparams.block_count * MQ_LINEARS;
+    memcpy(depths, session->depths + first * row, n * row);
+    return MQ_OK;
+}
