@@ -62,11 +62,13 @@ def stream_text(
 ) -> Iterator[Piece]:
     """One Piece per generated token, then a last one with the finish reason.
 
-    max_tokens: None or 0 and less: until the context is full. budget: for this generation only. Raises as Model.generate.
+    max_tokens: None or 0 and less: until the context is full. budget: for this generation only; None leaves it to
+    `model.bits`, which may change while it runs. Raises as Model.generate.
     """
     limit = max_tokens if max_tokens is not None and max_tokens > 0 else None
     before = model.budget
-    model.budget = budget or before
+    if budget:
+        model.budget = budget
     stream, stops = TextStream(model.tokenizer), StopStrings(stop)
     count, text, reason = 0, "", "length"
     try:
@@ -85,7 +87,8 @@ def stream_text(
         text, stopped = stops.push(stream.flush())
         yield Piece(text if stopped else text + stops.flush(), count, "stop" if stopped else reason)
     finally:
-        model.budget = before
+        if budget:
+            model.budget = before
 
 
 def create_completion(

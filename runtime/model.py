@@ -27,12 +27,14 @@ from runtime.tokens import Tokenizer
 class Model:
     """A MoBiQuant file ready to run.
 
-    path: the GGUF file. n_ctx: tokens the cache holds, 0 for the model's context. n_threads: None for one per physical
-    core. n_batch: prompt tokens computed together. kernel: name of the kernels to use, None for $MOBIQUANT_KERNEL or the
-    best the CPU has. bits: one precision for every token, 2, 4, 6 or 8. avg_bits: average precision, 2..8, tokens routed
-    one by one; give one of the two, or neither for the highest precision in the file. output_bits: 2, 4, 6 or 8 for the
-    output head, None for the file's default. allow_partial: accept a file cut after its last base slice. mmap: map the
-    file instead of reading it. seed: for completions that name none.
+    path: the GGUF file.
+    n_ctx: tokens the cache holds, 0 for the model's context. n_batch: prompt tokens computed together.
+    n_threads: None for one per physical core. kernel: kernels to use, None for $MOBIQUANT_KERNEL or the CPU's best.
+    bits: one precision for every token, 2, 4, 6 or 8. avg_bits: an average from 2 to 8, tokens routed one by one.
+    Give one of the two, or neither for the highest precision in the file.
+    output_bits: 2, 4, 6 or 8 for the output head, None for the file's default.
+    allow_partial: accept a file cut after its last base slice. mmap: map the file instead of reading it.
+    seed: for completions that name none.
 
     Raises MobiQuantError when the file or an option is refused, ValueError for a bad argument.
     """
