@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from mobiquant.config import QuantizationConfig
 
@@ -140,6 +140,14 @@ def is_checkpoint(path: Path | str) -> bool:
     except (OSError, ValueError, AttributeError):
         return False
     return isinstance(entry, dict) and entry.get("quant_method") == "mobiquant"
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of one safetensors file. Raises CheckpointError when it is none."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: expected a safetensors file: {error}") from error
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:

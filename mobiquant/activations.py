@@ -1,0 +1,52 @@
+"""int8 activations in torch: the rule of docs/format.md, section Activations, that every kernel follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mobiquant.packing import GROUP_SIZE, groups_of
+
+# Below this magnitude a group counts as zero.
+_NEGLIGIBLE = 1e-30
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Quantised inputs of one linear: codes float32 [tokens, groups, 128] with whole values in -127..127, scales
+    float32 [tokens, groups], columns: true length of a token's vector.
+
+    The codes stay float32 because products of codes and sums of 128 of them are exact there.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    columns: int
+
+    def dequantized(self) -> Tensor:
+        """float32 [tokens, columns]."""
+        return (self.codes * self.scales.unsqueeze(-1)).flatten(1)[:, : self.columns]
+
+    def root_mean_square(self) -> Tensor:
+        """sqrt(Σ x² / columns + 1e-12) of the dequantised values, float32 [tokens]."""
+        squares = self.codes.square().sum(-1)
+        total = (squares * self.scales.square()).sum(-1)
+        return torch.sqrt(total / self.columns + 1e-12)
+
+    def select(self, tokens: Tensor) -> Activations:
+        """The tokens where the bool mask `tokens` is set."""
+        return Activations(self.codes[tokens], self.scales[tokens], self.columns)
+
+
+def quantize_activations(x: Tensor) -> Activations:
+    """Quantise float32 [tokens, columns] per token and group of 128."""
+    columns = x.shape[1]
+    x = functional.pad(x, (0, groups_of(columns) * GROUP_SIZE - columns)).unflatten(1, (-1, GROUP_SIZE))
+    largest = x.abs().amax(-1)
+    used = largest >= _NEGLIGIBLE
+    inverse = torch.where(used, 127.0 / torch.where(used, largest, 1.0), 0.0)
+    scales = torch.where(used, largest / 127.0, 0.0)
+    return Activations(torch.round(x * inverse.unsqueeze(-1)), scales, columns)

@@ -1,0 +1,318 @@
+"""Calibration: the loop over blocks, from a full-precision model and a text to a checkpoint folder.
+
+Owns the order of work, the hidden states between blocks, saving and resuming. How one block is calibrated is a recipe
+(mobiquant.recipes). Every finished block is saved; a run that was stopped recomputes the hidden states from the saved
+blocks and goes on, and gives the same checkpoint as a run that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from mobiquant.activations import quantize_activations
+from mobiquant.checkpoint import (
+    CONFIG_FILE,
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    INDEX_FILE,
+    OUTER_FILE,
+    ROTARY_FREQUENCIES,
+    ROUTER_POINTS,
+    CheckpointError,
+    block_file,
+    block_name,
+    finish_checkpoint,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from mobiquant.config import CalibrationSettings, QuantizationConfig, RouterConfig
+from mobiquant.data import CalibrationWindows, calibration_windows
+from mobiquant.linear import Precision, SliceEmbedding
+from mobiquant.models import UnsupportedModelError, install_slices, linear_shapes, load_block
+from mobiquant.packing import SLICE_COUNT
+from mobiquant.recipes import BlockTask, CalibratedBlock, recipes
+from mobiquant.router import Router, budget_cuts, router_hidden_size
+from mobiquant.sensitivity import Sensitivity, measure_sensitivity, position_embeddings
+from mobiquant.slices import SlicedWeight, slice_weight
+from mobiquant.source import Source
+
+STATE_FILE = "calibration.json"
+_SENSITIVITY_FILE = "sensitivity.safetensors"
+
+
+@dataclass
+class _Streams:
+    """Hidden states between two blocks, on the CPU.
+
+    exact: float32 [samples, seq_len, width], full precision; sliced: float32 [windows, seq_len, width], the training
+    windows and then every held-out window once per depth; depths: int [windows]: a window stays at its depth through
+    all blocks.
+    """
+
+    exact: Tensor
+    sliced: Tensor
+    depths: Tensor
+
+
+def calibrate(source: Source, folder: Path, text: str, settings: CalibrationSettings, restart: bool = False) -> None:
+    """Calibrate `source` into the checkpoint `folder`, or go on where an earlier run of the same settings stopped.
+
+    Raises CheckpointError when the folder holds something else, ValueError and its subclasses on unusable input.
+    """
+    settings = dataclasses.replace(settings.resolved(source.context_length), device=_device(settings.device))
+    known = recipes()
+    if settings.recipe not in known:
+        raise ValueError(f"recipe: expected one of {', '.join(known)}, found {settings.recipe}")
+    windows = calibration_windows(
+        text, source.tokenizer(), _bos(source), settings.samples, settings.seq_len, settings.seed
+    )
+    _claim_folder(folder, _fingerprint(source, text, settings), restart)
+    if (folder / INDEX_FILE).is_file():
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    _Calibration(source, folder, settings, windows).run()
+
+
+class _Calibration:
+    def __init__(self, source: Source, folder: Path, settings: CalibrationSettings, windows: CalibrationWindows):
+        self.source, self.folder, self.settings, self.windows = source, folder, settings, windows
+        self.device = torch.device(settings.device)
+        shapes = linear_shapes(source.config)
+        hidden_size = router_hidden_size([[shapes[name] for name in names] for names in ROUTER_POINTS.values()])
+        self.quantization = QuantizationConfig(RouterConfig(hidden_size), settings=settings)
+        self.precision = Precision(self.quantization.router.budgets)
+        self.sizes = [rows * columns for rows, columns in shapes.values()]
+        self.positions = position_embeddings(source, settings.seq_len, self.device)
+
+    def run(self) -> None:
+        embedding = self.source.embedding()
+        table = _sliced(embedding, f"{EMBEDDING}.weight")
+        sensitivity = self._sensitivity(embedding)
+        streams = self._first_streams(embedding, table)
+        recipe = recipes()[self.settings.recipe]
+        steps = recipe.steps(self.settings)
+        scores: list[list[Tensor]] = [[] for _ in range(SLICE_COUNT)]
+        with tqdm(total=steps * self.source.block_count, unit="step", smoothing=0.05) as bar:
+            for index in range(self.source.block_count):
+                bar.set_description(f"block {index + 1}/{self.source.block_count}")
+                exact_block = self.source.block(index).to(self.device)
+                targets = self._advance_exact(exact_block, streams.exact)
+                if (self.folder / block_file(index)).is_file():
+                    # Not work of this run: an estimate must not count it.
+                    bar.total -= steps
+                    bar.refresh()
+                else:
+                    task = self._task(index, exact_block, streams, targets, sensitivity, bar)
+                    self._save_block(index, recipe.run(task), exact_block)
+                block = self._saved_block(index).to(self.device)
+                sliced = self._advance_sliced(block, streams, scores)
+                streams = _Streams(targets, sliced, streams.depths)
+        self._finish(scores, table)
+
+    def _sensitivity(self, embedding: Tensor) -> Sensitivity:
+        path = self.folder / _SENSITIVITY_FILE
+        if not path.is_file():
+            windows, settings = self.windows.training, self.settings
+            measured = measure_sensitivity(self.source, embedding, windows, settings.batch, settings.seed, self.device)
+            measured.save(path)
+        return Sensitivity.load(path)
+
+    def _first_streams(self, embedding: Tensor, table: SlicedWeight) -> _Streams:
+        training, held_out = map(torch.from_numpy, (self.windows.training, self.windows.held_out))
+        sliced_embedding = SliceEmbedding(table, self.quantization.embedding_depth)
+        depths = torch.cat(
+            (
+                torch.arange(len(training)) % SLICE_COUNT + 1,
+                torch.arange(SLICE_COUNT).repeat_interleave(len(held_out)) + 1,
+            )
+        )
+        sliced = sliced_embedding(torch.cat((training, held_out.repeat(SLICE_COUNT, 1))))
+        return _Streams(functional.embedding(training, embedding), sliced, depths)
+
+    def _task(
+        self, index: int, block: nn.Module, streams: _Streams, targets: Tensor, sensitivity: Sensitivity, bar: tqdm
+    ) -> BlockTask:
+        def advance(stage: str) -> None:
+            bar.set_description(f"block {index + 1}/{self.source.block_count}, {stage}", refresh=False)
+            bar.update()
+
+        return BlockTask(
+            block=block,
+            inputs=streams.sliced[: self.settings.samples],
+            depths=streams.depths[: self.settings.samples],
+            targets=targets,
+            positions=self.positions,
+            token_cost=sensitivity.tokens[index],
+            row_cost=sensitivity.rows[index],
+            quantization=self.quantization,
+            settings=self.settings,
+            # Seeded per block, so that a resumed run draws the same numbers.
+            generator=torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index),
+            device=self.device,
+            advance=advance,
+        )
+
+    def _save_block(self, index: int, result: CalibratedBlock, block: nn.Module) -> None:
+        """Put slices and routers into the block and save it."""
+        install_slices(block, index, result.slices, result.routers, self.precision)
+        tensors = {block_name(index, name): value.cpu().numpy() for name, value in block.state_dict().items()}
+        write_tensors(self.folder / block_file(index), tensors)
+
+    def _saved_block(self, index: int) -> nn.Module:
+        """Always from the file, so that a resumed run computes with the same numbers."""
+        path = self.folder / block_file(index)
+        tensors = read_tensors(path)
+
+        def read(name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+            value = tensors.get(name)
+            if value is None or value.dtype != dtype or value.shape != shape:
+                found = "nothing" if value is None else f"{value.dtype} {value.shape}"
+                raise CheckpointError(f"{path}: tensor {name}: expected {np.dtype(dtype)} {shape}, found {found}")
+            return value
+
+        return load_block(read, self.source.config, index, self.quantization.router.hidden_size, self.precision)
+
+    @torch.no_grad()
+    def _advance_exact(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        batches = hidden.split(self.settings.batch)
+        return torch.cat([block(x.to(self.device), position_embeddings=self.positions).cpu() for x in batches])
+
+    @torch.no_grad()
+    def _advance_sliced(self, block: nn.Module, streams: _Streams, scores: list[list[Tensor]]) -> Tensor:
+        """The block's outputs, every window at its depth; appends the held-out scores of its linears, per depth."""
+        outputs = torch.empty_like(streams.sliced)
+        samples = self.settings.samples
+        for depth in range(1, SLICE_COUNT + 1):
+            self.precision.depth = depth
+            windows = torch.nonzero(streams.depths == depth).flatten()
+            training, held_out = windows[windows < samples], windows[windows >= samples]
+            for chosen in training.split(self.settings.batch):
+                outputs[chosen] = self._run(block, streams.sliced[chosen])
+            with _RouterScores(block) as recorded:
+                for chosen in held_out.split(self.settings.batch):
+                    outputs[chosen] = self._run(block, streams.sliced[chosen])
+            scores[depth - 1] += recorded.per_linear()
+        return outputs
+
+    def _run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        return block(hidden.to(self.device), position_embeddings=self.positions).cpu()
+
+    def _finish(self, scores: list[list[Tensor]], table: SlicedWeight) -> None:
+        """Set the thresholds in every block, write what lies outside the blocks, then make the folder a checkpoint."""
+        count = self.source.block_count
+        cuts = budget_cuts(scores, self.sizes * count, self.quantization.router.budgets)
+        for index in range(count):
+            path = self.folder / block_file(index)
+            tensors = read_tensors(path)
+            for point in ROUTER_POINTS:
+                name = block_name(index, f"router_{point}.threshold")
+                tensors[name] = np.broadcast_to(cuts, tensors[name].shape)
+            write_tensors(path, tensors)
+        outer = _slice_tensors(EMBEDDING, table)
+        if not self.source.config.tie_word_embeddings:
+            outer |= _slice_tensors(HEAD, _sliced(self.source.head(), f"{HEAD}.weight"))
+        outer[FINAL_NORM] = self.source.tensor(FINAL_NORM).numpy()
+        outer[ROTARY_FREQUENCIES] = self.source.rotary().inv_freq.numpy()
+        write_tensors(self.folder / OUTER_FILE, outer)
+        (self.folder / _SENSITIVITY_FILE).unlink(missing_ok=True)
+        files = [*(block_file(index) for index in range(count)), OUTER_FILE]
+        finish_checkpoint(self.folder, self.source.path, self.source.content, self.quantization, files)
+
+
+class _RouterScores:
+    """Records the scores of a block's routers while it runs."""
+
+    def __init__(self, block: nn.Module):
+        self._block = block
+        self._scores: dict[str, list[Tensor]] = {point: [] for point in ROUTER_POINTS}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> _RouterScores:
+        for point, names in ROUTER_POINTS.items():
+            router = self._block.get_submodule(f"router_{point}")
+
+            def record(_: nn.Module, args: tuple[Tensor], point: str = point, router: Router = router) -> None:
+                self._scores[point].append(router.scores(quantize_activations(args[0].flatten(0, -2))).cpu())
+
+            self._hooks.append(self._block.get_submodule(names[0]).register_forward_pre_hook(record))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def per_linear(self) -> list[Tensor]:
+        """float32 [tokens, 3] for every linear, in the order of LINEARS."""
+        return [scores for point in ROUTER_POINTS for scores in torch.cat(self._scores[point]).unbind(1)]
+
+
+def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -> None:
+    """Make the folder ours: new or empty, or an earlier run with the same fingerprint."""
+    state = folder / STATE_FILE
+    if restart and state.is_file():
+        for path in (*folder.glob("block-*.safetensors"), folder / OUTER_FILE, folder / _SENSITIVITY_FILE):
+            path.unlink(missing_ok=True)
+        for name in (INDEX_FILE, CONFIG_FILE, STATE_FILE):
+            (folder / name).unlink(missing_ok=True)
+    elif state.is_file():
+        try:
+            found = json.loads(state.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{state}: expected readable JSON: {error}; use --restart") from error
+        for key, expected in fingerprint.items():
+            if found.get(key) != expected:
+                raise CheckpointError(
+                    f"{folder}: holds a calibration with another {key}: expected {expected}, found {found.get(key)}; "
+                    "use --restart to begin again"
+                )
+        return
+    elif folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder}: expected a new or empty folder, found other files")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(state, fingerprint)
+
+
+def _fingerprint(source: Source, text: str, settings: CalibrationSettings) -> dict[str, object]:
+    """Everything that decides the result, by the name that an error message gives it."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return {"model": source.fingerprint(), "text": digest, **dataclasses.asdict(settings)}
+
+
+def _bos(source: Source) -> int:
+    bos = source.config.bos_token_id
+    if not isinstance(bos, int):
+        raise UnsupportedModelError(f"{source.path / CONFIG_FILE}: bos_token_id: expected a number, found {bos!r}")
+    return bos
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or auto, found {name}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected a CUDA GPU, found none that this torch can use")
+    return name
+
+
+def _sliced(weight: Tensor, name: str) -> SlicedWeight:
+    try:
+        return slice_weight(weight)
+    except ValueError as error:
+        raise UnsupportedModelError(f"tensor {name}: {error}") from error
+
+
+def _slice_tensors(name: str, sliced: SlicedWeight) -> dict[str, np.ndarray]:
+    return {f"{name}.{part.name}": getattr(sliced, part.name).numpy() for part in dataclasses.fields(sliced)}

@@ -1,0 +1,107 @@
+"""Linear layer and embedding on slices in torch: the definition that the C kernels are compared with.
+
+The precision in use is shared by all layers of a model through one `Precision`, which also records the depths read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mobiquant.activations import Activations, quantize_activations
+from mobiquant.packing import GROUP_SIZE, SLICE_BITS, SLICE_COUNT
+from mobiquant.router import Router
+from mobiquant.slices import SlicedWeight, decode, split_groups
+
+
+@dataclass
+class Precision:
+    """How many slices the routed linears read: `depth` for every token, or, when it is None, the routers at
+    `average_bits`. budgets: the average bits of the threshold tables. recorded: per block and linear the depths of the
+    last forward pass, uint8 [tokens]."""
+
+    budgets: tuple[float, ...]
+    depth: int | None = SLICE_COUNT
+    average_bits: float = float(SLICE_BITS * SLICE_COUNT)
+    recorded: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+class SliceLinear(nn.Module):
+    """y = W(depth)·x on int8 activations, one depth for all tokens. float32 [..., columns] -> [..., rows].
+
+    Buffers: codes uint8 [rows, columns], scales and offsets float16 [rows, groups].
+    """
+
+    def __init__(self, sliced: SlicedWeight, depth: int = SLICE_COUNT):
+        super().__init__()
+        self.rows, self.columns = sliced.codes.shape
+        self.depth = depth
+        self.register_buffer("codes", sliced.codes)
+        self.register_buffer("scales", sliced.scales)
+        self.register_buffer("offsets", sliced.offsets)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activations = quantize_activations(x.reshape(-1, self.columns))
+        return self.multiply(activations, self.depth).reshape(*x.shape[:-1], self.rows)
+
+    def multiply(self, x: Activations, depth: int) -> Tensor:
+        """float32 [tokens, rows]: Σ_g scale_g·(s_D·(Q_D·q)_g + (s_D/2 - o)·(Σq)_g), groups in ascending order."""
+        top = torch.bitwise_right_shift(split_groups(self.codes), SLICE_BITS * (SLICE_COUNT - depth)).float()
+        step = self.scales.float() * 0.25 ** (depth - 1)
+        bias = 0.5 * step - self.offsets.float()
+        sums = x.codes.sum(-1)
+        result = torch.zeros(len(x.codes), self.rows, device=x.codes.device)
+        for group in range(x.codes.shape[1]):
+            dots = x.codes[:, group] @ top[:, group].T
+            result += x.scales[:, group, None] * (step[:, group] * dots + bias[:, group] * sums[:, group, None])
+        return result
+
+
+class RoutedLinear(SliceLinear):
+    """A linear of a block, whose depth the shared `Precision` decides: one for all tokens, or a router's per token.
+
+    place: (block, index in LINEARS); head: the linear's place among those of its router.
+    """
+
+    def __init__(self, sliced: SlicedWeight, router: Router, head: int, precision: Precision, place: tuple[int, int]):
+        super().__init__(sliced)
+        # A tuple keeps the router out of this module's children: it belongs to the block.
+        self._routing = (router, head)
+        self._precision = precision
+        self._place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        activations = quantize_activations(x.reshape(-1, self.columns))
+        depths = self._depths(activations)
+        self._precision.recorded[self._place] = depths
+        result = torch.empty(len(depths), self.rows, device=x.device)
+        for depth in depths.unique().tolist():
+            tokens = depths == depth
+            result[tokens] = self.multiply(activations.select(tokens), depth)
+        return result.reshape(*x.shape[:-1], self.rows)
+
+    def _depths(self, x: Activations) -> Tensor:
+        precision = self._precision
+        if precision.depth is not None:
+            return torch.full((len(x.codes),), precision.depth, dtype=torch.uint8, device=x.codes.device)
+        router, head = self._routing
+        return router.depths(x, precision.average_bits, precision.budgets)[:, head]
+
+
+class SliceEmbedding(nn.Module):
+    """Rows of a sliced table at one depth: token ids int [...] -> float32 [..., columns]."""
+
+    def __init__(self, sliced: SlicedWeight, depth: int):
+        super().__init__()
+        self.columns = sliced.codes.shape[1]
+        self.depth = depth
+        self.register_buffer("codes", sliced.codes)
+        self.register_buffer("scales", sliced.scales)
+        self.register_buffer("offsets", sliced.offsets)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        scale = self.scales[token_ids].float().repeat_interleave(GROUP_SIZE, dim=-1)[..., : self.columns]
+        offset = self.offsets[token_ids].float().repeat_interleave(GROUP_SIZE, dim=-1)[..., : self.columns]
+        return decode(self.codes[token_ids], scale, offset, self.depth)
