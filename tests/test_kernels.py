@@ -1,0 +1,244 @@
+"""Every kernel gives the bits of scalar.c, on odd sizes, without touching a byte past its operands; and scalar.c gives
+the numbers of docs/format.md computed in numpy."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from guarded import guarded
+
+from mobiquant.packing import GROUP_SIZE, groups_of, pack_plane, pack_scale_offset, tiles_of
+from runtime.native import ffi, kernels, lib
+
+SCALAR = lib.mq_kernels_find(b"scalar")
+FAST = [kernel.name for kernel in kernels() if kernel.supported and kernel.name != "scalar"]
+SHAPES = [(1, 1), (16, 128), (17, 130), (40, 384), (33, 2200)]
+
+
+@pytest.fixture(params=FAST)
+def fast(request: pytest.FixtureRequest):
+    return lib.mq_kernels_find(request.param.encode())
+
+
+def pointer(array: np.ndarray, kind: str):
+    return ffi.cast(f"{kind} *", ffi.from_buffer(array))
+
+
+def random_linear(rows: int, columns: int, seed: int) -> SimpleNamespace:
+    """A random linear as the file holds it, with its codes, scales and offsets."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 256, (rows, columns), dtype=np.uint8)
+    scales = rng.uniform(1e-3, 0.1, (rows, groups_of(columns))).astype(np.float16)
+    offsets = rng.uniform(-0.1, 0.2, scales.shape).astype(np.float16)
+    planes = [guarded(pack_plane(codes, index)) for index in (1, 2, 3, 4)]
+    scale_offset = guarded(pack_scale_offset(scales, offsets))
+    matrix = ffi.new("mq_matrix *")
+    matrix.plane = [pointer(plane, "uint8_t") for plane in planes]
+    matrix.scale_offset = pointer(scale_offset, "uint16_t")
+    matrix.rows, matrix.columns = rows, columns
+    matrix.tiles, matrix.groups = tiles_of(rows), groups_of(columns)
+    return SimpleNamespace(
+        codes=codes, scales=scales, offsets=offsets, matrix=matrix, keep=(planes, scale_offset), rows=rows, columns=columns
+    )
+
+
+def quantize(table, x: np.ndarray) -> SimpleNamespace:
+    """Quantise the tokens of x [n, columns] with one table."""
+    n, columns = x.shape
+    groups = groups_of(columns)
+    q = guarded(np.full((n, groups * GROUP_SIZE), 99, np.int8))
+    scale = guarded(np.full((n, groups), np.nan, np.float32))
+    total = guarded(np.full((n, groups), np.nan, np.float32))
+    squares = np.zeros(n, np.float32)
+    for token in range(n):
+        row = guarded(x[token])
+        squares[token] = table.quantize(
+            pointer(row, "float"),
+            columns,
+            pointer(q[token], "int8_t"),
+            pointer(scale[token], "float"),
+            pointer(total[token], "float"),
+        )
+    return SimpleNamespace(q=q, scale=scale, sum=total, squares=squares, groups=groups)
+
+
+def matvec(table, linear: SimpleNamespace, depth: int, x: SimpleNamespace, token: int, tiles: tuple[int, int]) -> np.ndarray:
+    y = guarded(np.full(linear.rows, 7.0, np.float32))
+    table.matvec(
+        linear.matrix,
+        depth,
+        pointer(x.q[token], "int8_t"),
+        pointer(x.scale[token], "float"),
+        pointer(x.sum[token], "float"),
+        *tiles,
+        pointer(y, "float"),
+    )
+    return y
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_scalar_matvec_is_the_formula_of_the_format(rows: int, columns: int, depth: int) -> None:
+    linear = random_linear(rows, columns, seed=rows)
+    x = np.random.default_rng(1).normal(size=(1, columns)).astype(np.float32)
+    quantized = quantize(SCALAR, x)
+    restored = (quantized.q[0].astype(np.float64) * np.repeat(quantized.scale[0], GROUP_SIZE))[:columns]
+    step = np.repeat(linear.scales.astype(np.float64), GROUP_SIZE, axis=1)[:, :columns] * 4.0 ** (1 - depth)
+    offset = np.repeat(linear.offsets.astype(np.float64), GROUP_SIZE, axis=1)[:, :columns]
+    expected = (step * ((linear.codes >> (8 - 2 * depth)) + 0.5) - offset) @ restored
+    y = matvec(SCALAR, linear, depth, quantized, 0, (0, linear.matrix.tiles))
+    assert np.sum((y - expected) ** 2) <= 1e-10 * np.sum(expected**2)
+    assert np.abs(restored - x[0]).max() <= np.abs(x).max() / 127 * 0.5001
+
+
+@pytest.mark.parametrize("columns", [1, 16, 100, 128, 129, 300, 2048])
+def test_quantize_gives_the_same_codes(fast, columns: int) -> None:
+    rng = np.random.default_rng(columns)
+    x = rng.normal(size=(6, columns)).astype(np.float32) * np.float32(10.0) ** rng.integers(-8, 8, (6, 1))
+    x[1] = 0
+    x[2] = 1e-38
+    x[3, : columns // 2] = np.round(x[3, : columns // 2])
+    ours, expected = quantize(fast, x.astype(np.float32)), quantize(SCALAR, x.astype(np.float32))
+    for part in ("q", "scale", "sum", "squares"):
+        assert same_bits(getattr(ours, part), getattr(expected, part)), part
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_quantize_keeps_codes_in_range_on_values_that_are_not_finite(fast, bad: float) -> None:
+    x = np.ones((1, 200), np.float32)
+    x[0, 150] = bad
+    for table in (fast, SCALAR):
+        assert np.abs(quantize(table, x).q.astype(np.int32)).max() <= 127
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_matvec_gives_the_same_bits(fast, rows: int, columns: int, depth: int) -> None:
+    linear = random_linear(rows, columns, seed=columns)
+    x = quantize(SCALAR, np.random.default_rng(2).normal(size=(1, columns)).astype(np.float32))
+    for tiles in ((0, linear.matrix.tiles), (linear.matrix.tiles - 1, linear.matrix.tiles), (0, 0)):
+        assert same_bits(matvec(fast, linear, depth, x, 0, tiles), matvec(SCALAR, linear, depth, x, 0, tiles))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_extreme_codes_and_activations_do_not_saturate(fast, depth: int) -> None:
+    linear = random_linear(16, 256, seed=0)
+    for index, plane in enumerate(linear.keep[0]):
+        plane[...] = pack_plane(np.full((16, 256), 255, np.uint8), index + 1)
+    for sign in (1, -1):
+        x = quantize(SCALAR, np.full((1, 256), sign, np.float32))
+        tiles = (0, linear.matrix.tiles)
+        assert same_bits(matvec(fast, linear, depth, x, 0, tiles), matvec(SCALAR, linear, depth, x, 0, tiles))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_matmat_gives_the_bits_of_one_matvec_per_token(fast, rows: int, columns: int, depth: int) -> None:
+    n = 37
+    linear = random_linear(rows, columns, seed=columns)
+    x = quantize(SCALAR, np.random.default_rng(3).normal(size=(n, columns)).astype(np.float32))
+    activations = ffi.new("mq_activations *")
+    activations.q, activations.groups = pointer(x.q, "int8_t"), x.groups
+    activations.scale, activations.sum = pointer(x.scale, "float"), pointer(x.sum, "float")
+    tiles = (0, linear.matrix.tiles)
+    expected = np.stack([matvec(SCALAR, linear, depth, x, token, tiles) for token in range(n)])
+    for count in (1, 2, 5, 16, 19, n):
+        chosen = np.random.default_rng(count).permutation(n)[:count].astype(np.uint32)
+        for table in (fast, SCALAR):
+            y = guarded(np.full((n, rows + 3), 7.0, np.float32))
+            token = guarded(chosen)
+            tokens = pointer(token, "uint32_t")
+            table.matmat(linear.matrix, depth, activations, tokens, count, *tiles, pointer(y, "float"), rows + 3)
+            assert same_bits(y[chosen, :rows], expected[chosen])
+            y[chosen, :rows] = 7.0
+            assert (y == 7.0).all(), "wrote outside its rows or tokens"
+
+
+@pytest.mark.parametrize("n_hidden", [1, 5, 16])
+@pytest.mark.parametrize("columns", [64, 384])
+def test_router_hidden_gives_the_same_bits(fast, n_hidden: int, columns: int) -> None:
+    rng = np.random.default_rng(n_hidden)
+    x = quantize(SCALAR, rng.normal(size=(1, columns)).astype(np.float32))
+    hidden = guarded(rng.integers(-127, 128, (n_hidden, x.groups * GROUP_SIZE)).astype(np.int8))
+    results = []
+    for table in (fast, SCALAR):
+        out = guarded(np.zeros(n_hidden, np.float32))
+        q, scale = pointer(x.q[0], "int8_t"), pointer(x.scale[0], "float")
+        table.router_hidden(pointer(hidden, "int8_t"), n_hidden, q, scale, x.groups, pointer(out, "float"))
+        results.append(out)
+    assert same_bits(*results)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 100, 512])
+def test_rmsnorm_swiglu_add_and_f16_give_the_same_bits(fast, n: int) -> None:
+    rng = np.random.default_rng(n)
+    x, weight = (rng.normal(size=n).astype(np.float32) * 4 for _ in range(2))
+    x[: min(n, 6)] = np.array([0, -0.0, 200, -200, 1e-30, 70000], np.float32)[: min(n, 6)]
+
+    def run(table) -> list[np.ndarray]:
+        normed, gate, total = (guarded(values) for values in (np.zeros(n, np.float32), x, x))
+        source, other = guarded(x), guarded(weight)
+        half = guarded(np.zeros(n, np.uint16))
+        table.rmsnorm(pointer(source, "float"), pointer(other, "float"), n, 1e-5, pointer(normed, "float"))
+        table.swiglu(pointer(gate, "float"), pointer(other, "float"), n)
+        table.add(pointer(total, "float"), pointer(other, "float"), n)
+        table.to_f16(pointer(source, "float"), pointer(half, "uint16_t"), n)
+        return [normed, gate, total, half]
+
+    ours, expected = run(fast), run(SCALAR)
+    assert all(same_bits(a, b) for a, b in zip(ours, expected, strict=True))
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(expected[0], wide / np.sqrt((wide**2).mean() + 1e-5) * weight, rtol=2e-6, atol=1e-30)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(expected[1], wide / (1 + np.exp(-wide)) * weight, rtol=2e-6, atol=1e-30)
+        assert same_bits(expected[3], x.astype(np.float16).view(np.uint16))
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 64, 80, 128])
+def test_rope_gives_the_same_bits(fast, head_dim: int) -> None:
+    rng = np.random.default_rng(head_dim)
+    head = rng.normal(size=head_dim).astype(np.float32)
+    angle = rng.uniform(0, 100, head_dim // 2)
+    cosine, sine = guarded(np.cos(angle).astype(np.float32)), guarded(np.sin(angle).astype(np.float32))
+    results = []
+    for table in (fast, SCALAR):
+        rotated = guarded(head)
+        table.rope(pointer(rotated, "float"), pointer(cosine, "float"), pointer(sine, "float"), head_dim)
+        results.append(rotated)
+    assert same_bits(*results)
+    low, high = np.split(head.astype(np.float64), 2)
+    expected = np.concatenate([low * cosine - high * sine, high * cosine + low * sine])
+    np.testing.assert_allclose(results[1], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 130])
+def test_attention_gives_the_same_bits(fast, n: int, head_dim: int) -> None:
+    rng = np.random.default_rng(n)
+    query = guarded(rng.normal(size=head_dim).astype(np.float32) * 3)
+    key, value = (guarded(rng.normal(size=(n, head_dim)).astype(np.float16)) for _ in range(2))
+    results = []
+    for table in (fast, SCALAR):
+        scores, out = guarded(np.zeros(n, np.float32)), guarded(np.zeros(head_dim, np.float32))
+        table.attention(
+            pointer(query, "float"),
+            pointer(key, "uint16_t"),
+            pointer(value, "uint16_t"),
+            head_dim,
+            n,
+            head_dim,
+            0.125,
+            pointer(scores, "float"),
+            pointer(out, "float"),
+        )
+        results.append(out)
+    assert same_bits(*results)
+    logits = key.astype(np.float64) @ query * 0.125
+    weights = np.exp(logits - logits.max())
+    np.testing.assert_allclose(results[1], weights @ value.astype(np.float64) / weights.sum(), rtol=1e-4, atol=1e-5)
