@@ -40,7 +40,13 @@ def random_linear(rows: int, columns: int, seed: int) -> SimpleNamespace:
     matrix.rows, matrix.columns = rows, columns
     matrix.tiles, matrix.groups = tiles_of(rows), groups_of(columns)
     return SimpleNamespace(
-        codes=codes, scales=scales, offsets=offsets, matrix=matrix, keep=(planes, scale_offset), rows=rows, columns=columns
+        codes=codes,
+        scales=scales,
+        offsets=offsets,
+        matrix=matrix,
+        keep=(planes, scale_offset),
+        rows=rows,
+        columns=columns,
     )
 
 
@@ -64,7 +70,9 @@ def quantize(table, x: np.ndarray) -> SimpleNamespace:
     return SimpleNamespace(q=q, scale=scale, sum=total, squares=squares, groups=groups)
 
 
-def matvec(table, linear: SimpleNamespace, depth: int, x: SimpleNamespace, token: int, tiles: tuple[int, int]) -> np.ndarray:
+def matvec(
+    table, linear: SimpleNamespace, depth: int, x: SimpleNamespace, token: int, tiles: tuple[int, int]
+) -> np.ndarray:
     y = guarded(np.full(linear.rows, 7.0, np.float32))
     table.matvec(
         linear.matrix,
