@@ -5,7 +5,17 @@
 
 from __future__ import annotations
 
-from runtime.model import Model
-from runtime.native import MobiQuantError
+from typing import Any
+
+from runtime.errors import MobiQuantError
 
 __all__ = ["MobiQuantError", "Model"]
+
+
+def __getattr__(name: str) -> Any:
+    # Only who asks for Model needs the compiled module: commands that only calibrate work without it.
+    if name == "Model":
+        from runtime.model import Model
+
+        return Model
+    raise AttributeError(f"module 'runtime' has no attribute {name!r}")

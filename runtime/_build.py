@@ -27,6 +27,15 @@ def declarations(header: Path) -> str:
     return match.group(1)
 
 
+def version() -> str:
+    """The package's version, read as text: a build environment has nothing of ours installed."""
+    source = (ROOT.parent / "mobiquant" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if match is None:
+        raise ValueError('mobiquant/__init__.py: expected a line `__version__ = "..."`, found none')
+    return match.group(1)
+
+
 def build() -> FFI:
     """The builder that setuptools' `cffi_modules` asks for."""
     ffi = FFI()
@@ -40,6 +49,7 @@ def build() -> FFI:
         sources=[str(path) for folder in folders for path in sorted(folder.glob("*.c"))],
         include_dirs=[str(ROOT / "include"), str(ROOT / "src")],
         depends=[str(path) for folder in (ROOT / "include", *folders) for path in sorted(folder.glob("*.h"))],
+        define_macros=[("MQ_VERSION", f'"{version()}"')],
         extra_compile_args=COMPILE_FLAGS + warnings,
         extra_link_args=["-pthread"],
         libraries=["m"],

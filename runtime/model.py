@@ -15,11 +15,12 @@ from types import TracebackType
 
 import numpy as np
 
-from export.keys import KEY_ADD_BOS, KEY_BOS_TOKEN, KEY_EOS_TOKENS, KEY_NAME, KEY_TOKENIZER
+from export.keys import KEY_ADD_BOS, KEY_BOS_TOKEN, KEY_CHAT_TEMPLATE, KEY_EOS_TOKENS, KEY_NAME, KEY_TOKENIZER
 from runtime.budget import Budget, depth_of
 from runtime.completion import create_completion
 from runtime.cpu import physical_cores
-from runtime.native import MobiQuantError, ModelInfo, NativeModel, NativeSession, Stats
+from runtime.errors import MobiQuantError
+from runtime.native import ModelInfo, NativeModel, NativeSession, Stats
 from runtime.sampling import Sampler, SamplingSettings
 from runtime.tokens import Tokenizer
 
@@ -115,6 +116,11 @@ class Model:
     def name(self) -> str:
         """The name in the file, or the file's own name."""
         return self._native.string(KEY_NAME) or self.path.stem
+
+    @property
+    def chat_template(self) -> str | None:
+        """The file's chat template (Jinja), None when it has none."""
+        return self._native.string(KEY_CHAT_TEMPLATE)
 
     @property
     def kernel(self) -> str:

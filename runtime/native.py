@@ -12,18 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from runtime.errors import MobiQuantError
+
 try:
     from runtime._native import ffi, lib
 except ImportError as error:
     raise ImportError(f"the compiled module runtime._native is missing ({error}); run: pip install .") from error
-
-
-class MobiQuantError(RuntimeError):
-    """The library refused or failed. `status` is its error name, for example "MQ_ERR_TRUNCATED"."""
-
-    def __init__(self, message: str, status: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""What `mobiquant info` prints: a file's shape, where its bytes are, and which kernels this machine runs."""
+
+from __future__ import annotations
+
+import os
+
+from runtime.cpu import cpu_flags
+from runtime.model import Model
+from runtime.native import ModelInfo, kernels
+
+_SLICES = 4
+
+
+def describe(model: Model) -> str:
+    """Lines of `label  text` about an opened model."""
+    info = model.info
+    rows = [
+        ("file", _file(model)),
+        ("name", model.name),
+        ("shape", _shape(info)),
+        ("parameters", f"{_parameters(info):,}, of which {info.routed_weights:,} in routed linears"),
+        *((f"slice {index + 1}", _megabytes(size)) for index, size in enumerate(info.slice_bytes)),
+        ("scales", _megabytes(info.scale_bytes)),
+        (
+            "routers",
+            f"{_megabytes(info.router_bytes)}, {info.router_bytes / _bytes_at(info, 1):.2%} of what 2 bits read",
+        ),
+        ("embedding", f"{_megabytes(info.embedding_bytes)}, read at {2 * info.embedding_depth} bits"),
+        ("output head", _output(info)),
+        ("bits per weight", _bits_per_weight(info)),
+        ("tokenizer", _tokenizer(model)),
+        ("kernels", _kernels(model)),
+        ("cpu", " ".join(cpu_flags()) or "flags unknown"),
+    ]
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+
+
+def _file(model: Model) -> str:
+    info = model.info
+    if info.file_bytes >= info.expected_bytes:
+        return f"{model.path}, {_megabytes(info.file_bytes)}"
+    present, missing = _megabytes(info.file_bytes), _megabytes(info.expected_bytes - info.file_bytes)
+    return f"{model.path}, {present}, cut short by {missing}: {info.max_depth} of {_SLICES} slices usable"
+
+
+def _shape(info: ModelInfo) -> str:
+    return (
+        f"{info.block_count} blocks, width {info.embedding_length}, feed-forward {info.feed_forward_length}, "
+        f"{info.head_count} heads of {info.head_dim}, {info.head_count_kv} key heads, "
+        f"{info.vocab_size} tokens, context {info.context_length}"
+    )
+
+
+def _parameters(info: ModelInfo) -> int:
+    matrices = 2 if info.output_bytes else 1
+    norms = (2 * info.block_count + 1) * info.embedding_length
+    return info.routed_weights + matrices * info.vocab_size * info.embedding_length + norms
+
+
+def _output(info: ModelInfo) -> str:
+    size = _megabytes(info.output_bytes) if info.output_bytes else "tied to the embedding"
+    return f"{size}, read at {2 * info.output_depth} bits"
+
+
+def _bytes_at(info: ModelInfo, depth: int) -> int:
+    """Bytes of the routed linears that a token at `depth` reads, scales and routers included."""
+    return sum(info.slice_bytes[:depth]) + info.scale_bytes + info.router_bytes
+
+
+def _bits_per_weight(info: ModelInfo) -> str:
+    depths = range(1, info.max_depth + 1)
+    figures = (f"{8 * _bytes_at(info, depth) / info.routed_weights:.2f} at {2 * depth} bits" for depth in depths)
+    return ", ".join(figures) + " (scales and routers counted)"
+
+
+def _tokenizer(model: Model) -> str:
+    tokenizer = model.tokenizer
+    begin = "none" if tokenizer.bos is None else f"{tokenizer.bos}{' (added to prompts)' if tokenizer.add_bos else ''}"
+    end = ", ".join(map(str, sorted(tokenizer.eos))) or "none"
+    chat = "with" if model.chat_template else "no"
+    return f"{tokenizer.size} tokens, begin {begin}, end {end}, {chat} chat template"
+
+
+def _kernels(model: Model) -> str:
+    asked = os.environ.get("MOBIQUANT_KERNEL")
+    reason = "asked for by MOBIQUANT_KERNEL" if asked else "the best this CPU supports"
+    names = []
+    for kernel in kernels():
+        note = (
+            f" (active, {reason})" if kernel.name == model.kernel else "" if kernel.supported else " (not on this CPU)"
+        )
+        names.append(kernel.name + note)
+    return ", ".join(names)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
