@@ -22,6 +22,13 @@ static bool has_avx2(void)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) != 0
            && (c & bit_F16C) != 0;
 }
+
+/* Ice Lake, Sapphire Rapids, Zen 4 and later. */
+static bool has_avx512vnni(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+           && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && has_avx2();
+}
 #endif
 
 static const struct {
@@ -29,6 +36,7 @@ static const struct {
     bool (*supported)(void);
 } TABLE[] = {
 #if defined(__x86_64__)
+    {&mq_kernels_avx512vnni, has_avx512vnni},
     {&mq_kernels_avx2, has_avx2},
 #endif
     {&mq_kernels_scalar, always},

@@ -64,6 +64,7 @@ const mq_kernels *mq_kernels_find(const char *name);
 
 extern const mq_kernels mq_kernels_scalar;
 #if defined(__x86_64__)
+extern const mq_kernels mq_kernels_avx512vnni;
 extern const mq_kernels mq_kernels_avx2;
 #endif
 
