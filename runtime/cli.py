@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 import time
@@ -19,6 +18,8 @@ from runtime.budget import DEPTH_BITS
 from runtime.errors import MobiQuantError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mobiquant.scoring import Score
     from runtime.model import Model
     from runtime.native import Stats
@@ -59,7 +60,9 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     run.add_argument(
         "--repeat-penalty", type=float, default=1.0, help="penalty on the last 64 tokens (default %(default)s: off)"
     )
-    run.add_argument("-s", "--seed", type=int, default=None, help="seed of the draws; a new one each time without")
+    run.add_argument(
+        "-s", "--seed", type=int, default=-1, help="seed of the draws (default %(default)s: a new one each time)"
+    )
     run.set_defaults(func=run_command)
 
     info = subparsers.add_parser("info", help="show what a file holds and which kernels run it")
@@ -108,7 +111,9 @@ def run_command(args: argparse.Namespace) -> int:
     from runtime.completion import stream_text
     from runtime.sampling import SamplingSettings
 
-    sampling = SamplingSettings(args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty, seed=args.seed)
+    sampling = SamplingSettings(
+        args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty, seed=None if args.seed < 0 else args.seed
+    )
     prompt = args.file.read_bytes() if args.prompt is None else args.prompt
     with _open_model(args) as model:
         tokens = model.tokenize(prompt)
@@ -158,28 +163,29 @@ def info_command(args: argparse.Namespace) -> int:
 @_one_line_errors
 def perplexity(args: argparse.Namespace) -> int:
     """Perplexity of a GGUF file; the flags are those of `mobiquant perplexity` (mobiquant.cli)."""
+    from mobiquant.cli import format_result, read_text
     from runtime.model import Model
     from runtime.perplexity import score_text
 
-    text = Path(args.file).read_text(encoding="utf-8")
-    reference = None
-    if args.reference:
-        from runtime.reference import reference_logits
-
-        reference = reference_logits(Path(args.reference))
-    with Model(args.model, bits=args.bits, avg_bits=args.avg_bits) as model:
+    text = read_text(args.file)
+    with Model(
+        args.model, n_ctx=args.ctx_size or 0, n_threads=args.threads, bits=args.bits, avg_bits=args.avg_bits
+    ) as model:
+        reference = _reference_logits(args.reference) if args.reference else None
         score = score_text(
             model, text, rule=args.rule, n_windows=args.windows, reference=reference, on_window=_progress_line()
         )
-        result = score.to_dict(model.stats.average_bits) | {"bits": args.bits}
-    if args.output == "json":
-        print(json.dumps(result))
-    else:
-        texts = (
-            f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in result.items()
-        )
-        print(", ".join(texts))
+        result = score.to_dict(model.stats.average_bits)
+    print(format_result(result if args.bits is None else result | {"bits": args.bits}, args.output))
     return 0
+
+
+def _reference_logits(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
+    try:
+        from mobiquant.evaluate import reference_logits
+    except ImportError as error:
+        raise ImportError(f"--reference: {error}; run: pip install 'mobiquant[calibrate]'") from error
+    return reference_logits(folder)
 
 
 def _progress_line() -> Callable[[int, int, Score], None]:

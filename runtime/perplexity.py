@@ -10,7 +10,6 @@ from mobiquant.scoring import Score, clean_text, make_windows
 from runtime.model import Model
 
 _PIECE = 512  # tokens whose logits are held at once: with 128 k tokens of vocabulary 256 MB
-_LLAMA_CPP_WINDOW = 1024
 
 ReferenceLogits = Callable[[np.ndarray], np.ndarray]
 
@@ -24,7 +23,7 @@ def score_text(
     reference: ReferenceLogits | None = None,
     on_window: Callable[[int, int, Score], None] | None = None,
 ) -> Score:
-    """Score `text` at the model's present precision.
+    """Score `text` at the model's present precision, in windows of its `n_ctx` tokens.
 
     rule: "all" or "llama.cpp". n_windows: only the first so many. reference: full-precision logits, float32 [n, vocab],
     of one window of int32 [n] tokens. on_window: called with windows done, windows in all, and the score so far.
@@ -33,9 +32,8 @@ def score_text(
     tokenizer = model.tokenizer
     if tokenizer.bos is None:
         raise ValueError(f"{model.path}: begin-of-text token: expected one for scoring, found none")
-    context = model.n_ctx if rule == "all" else min(model.n_ctx, _LLAMA_CPP_WINDOW)
     ids = tokenizer.encode(clean_text(text), add_bos=False)
-    windows = make_windows(ids, rule, context, tokenizer.bos)[:n_windows]
+    windows = make_windows(ids, rule, model.n_ctx, tokenizer.bos)[:n_windows]
     score = Score()
     for done, window in enumerate(windows, start=1):
         model.reset()

@@ -1,0 +1,67 @@
+# Everything from a fresh checkout, with Python >= 3.10, make and a C compiler:
+#   make demo    calibrate the bundled model, export it, run it at several precisions (a few minutes)
+#   make test    all tests
+#   make lint    style of the Python and warnings of the C
+#   make clean   remove what was built here (not .venv)
+
+PYTHON ?= python3
+CC ?= cc
+# CPU builds of torch: taken when this index answers, else PyPI's torch of the same version.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+NATIVE := runtime/_native.abi3.so
+C_SOURCES := $(wildcard runtime/src/*.c runtime/kernels/*.c)
+C_HEADERS := $(wildcard runtime/include/*.h runtime/src/*.h runtime/kernels/*.h)
+# -O2: without it gcc makes macros of some intrinsics, whose own conversions would be reported here.
+C_WARNINGS := -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wconversion -Werror
+
+DEMO_MODEL := mobiquant/demo/tale-6m
+DEMO_CHECKPOINT := demo/tale-6m
+DEMO_FILE := demo/tale-6m.gguf
+DEMO_PROMPT := The old house stood at the end of the lane, and
+
+.PHONY: demo test lint lint-c clean install
+.DELETE_ON_ERROR:
+
+demo: $(DEMO_FILE)
+	@for bits in 2.5 4 6; do \
+	  printf '\n--- average %s bits ---\n%s' $$bits "$(DEMO_PROMPT)"; \
+	  $(BIN)/mobiquant run -m $(DEMO_FILE) -p "$(DEMO_PROMPT)" -n 60 --avg-bits $$bits --seed 1 || exit 1; \
+	done
+	@echo
+	$(BIN)/python tests/benchmarks/demo_table.py $(DEMO_FILE) mobiquant/demo/heldout.txt
+
+test: $(NATIVE)
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED) lint-c
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lint-c:
+	$(CC) $(C_WARNINGS) -fsyntax-only -Iruntime/include -Iruntime/src $(C_SOURCES)
+
+clean:
+	rm -rf build dist demo *.egg-info $(NATIVE) runtime/_native.c
+
+install: $(NATIVE)
+
+$(DEMO_FILE): $(DEMO_CHECKPOINT)/model.safetensors.index.json $(wildcard export/*.py)
+	$(BIN)/python -m export.to_gguf $(DEMO_CHECKPOINT) -o $@ --name tale-6m
+
+# The index file is the last that a calibration writes.
+$(DEMO_CHECKPOINT)/model.safetensors.index.json: | $(NATIVE)
+	$(BIN)/mobiquant calibrate $(DEMO_MODEL) -o $(DEMO_CHECKPOINT) --samples 32 --epochs 2
+
+$(NATIVE): $(C_SOURCES) $(C_HEADERS) runtime/_build.py $(INSTALLED)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --no-deps --retries 1 -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools -e '.[test]'
+	@touch $@
