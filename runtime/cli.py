@@ -144,7 +144,7 @@ def _print_summary(model: Model, prompt_tokens: int, prompt_s: float, generation
     print(
         f"prompt {prompt_tokens} tokens, {prompt_tokens / prompt_s:.1f} tok/s; "
         f"generation {generation.tokens} tokens, {generation.tokens / generation_s:.1f} tok/s; "
-        f"average bits {measured.average_bits:.2f}; {measured.bytes_per_token / 1e6:.1f} MB read per token",
+        f"average bits {measured.average_bits:.2f}; {measured.bytes_per_token / 1e6:.2f} MB read per token",
         file=sys.stderr,
     )
 
