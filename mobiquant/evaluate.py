@@ -1,4 +1,4 @@
-"""Perplexity of a full-precision model folder or a checkpoint, computed by torch with the rules of mobiquant.scoring."""
+"""Perplexity of a full-precision folder or a checkpoint, computed by torch with the rules of mobiquant.scoring."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ _FULL_PRECISION_BITS = 32.0
 class Evaluation:
     """What to score. depth: one depth for all tokens; average_bits: routed; both None: full depth, or full precision.
 
-    windows: how many windows of the text, None for all; context: tokens of a window, None for the model's.
+    windows: how many windows of the text, None for all.
     """
 
     rule: str = "all"
     depth: int | None = None
     average_bits: float | None = None
     windows: int | None = None
-    context: int | None = None
 
 
 def evaluate(
@@ -50,7 +49,7 @@ def evaluate(
     exact = None if reference is None else reference_logits(reference)
     score, bits, scored = Score(), 0.0, 0
     ids = load_tokenizer(Path(model)).encode(clean_text(text), add_special_tokens=False).ids
-    context = evaluation.context or opened.config.max_position_embeddings
+    context = opened.config.max_position_embeddings
     windows = make_windows(ids, evaluation.rule, context, opened.config.bos_token_id)[: evaluation.windows]
     for window in tqdm(windows, desc="perplexity", unit="window"):
         logits = logits_of(opened, window.tokens)[window.first_scored - 1 : -1]

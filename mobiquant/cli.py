@@ -1,0 +1,153 @@
+"""The console command `mobiquant`.
+
+Owns the flags of `calibrate` and `perplexity` and how errors and Ctrl-C end a command. The commands that run a GGUF
+file are added by runtime.cli. Heavy imports happen inside a command: the device side has no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+from mobiquant import __version__
+from mobiquant.config import CalibrationSettings
+from mobiquant.packing import SLICE_BITS, SLICE_COUNT
+from mobiquant.scoring import RULES
+
+_DEMO_TEXT = Path(__file__).parent / "demo" / "calibration.txt"
+_DEPTH_BITS = tuple(SLICE_BITS * depth for depth in range(1, SLICE_COUNT + 1))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return args.func(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from runtime.cli import add_commands
+
+    parser = argparse.ArgumentParser(
+        prog="mobiquant", description="Run language models at any average precision from 2 to 8 bits, from one file."
+    )
+    parser.add_argument("--version", action="version", version=f"mobiquant {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_calibrate(subparsers)
+    _add_perplexity(subparsers)
+    add_commands(subparsers)
+    return parser
+
+
+def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
+    defaults = CalibrationSettings()
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="turn a full-precision model into slices and routers",
+        description="Calibrate a Hugging Face model into a checkpoint folder for `python -m export.to_gguf`. Every "
+        "finished block is saved: after Ctrl-C the same command goes on.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder or hub id")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the checkpoint folder")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="calibration text (default: the bundled one)")
+    parser.add_argument("--samples", type=int, default=defaults.samples, metavar="N", help="windows (%(default)s)")
+    parser.add_argument("--seq-len", type=int, metavar="N", help="tokens per window (model's context, at most 2048)")
+    parser.add_argument("--epochs", type=int, default=defaults.epochs, metavar="N", help="per stage (%(default)s)")
+    parser.add_argument("--batch", type=int, default=defaults.batch, metavar="N", help="windows per step (%(default)s)")
+    parser.add_argument("-s", "--seed", type=int, default=defaults.seed, metavar="S", help="(%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default=defaults.device, help="(%(default)s)")
+    parser.add_argument("--recipe", default=defaults.recipe, help="how a block is calibrated (%(default)s)")
+    parser.add_argument("--restart", action="store_true", help="throw away what an earlier run left in DIR")
+    parser.set_defaults(func=_calibrate)
+
+
+def _add_perplexity(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "perplexity",
+        help="score a model on a text",
+        description="Perplexity of a .gguf file with this runtime, or of a checkpoint or model folder with torch.",
+    )
+    parser.add_argument("-m", "--model", type=Path, required=True, metavar="X", help="a .gguf file or a folder")
+    parser.add_argument("-f", "--file", type=Path, required=True, metavar="TEXT", help="the text to score")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--bits", type=int, choices=_DEPTH_BITS, help="one depth for all tokens (default: full)")
+    precision.add_argument("--avg-bits", type=float, metavar="A", help="routed: average bits per weight, 2 to 8")
+    parser.add_argument("--rule", choices=RULES, default=RULES[0], help="which tokens are scored (%(default)s)")
+    parser.add_argument("--windows", type=int, metavar="N", help="score the first N windows only")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="full-precision folder: adds kld and top1")
+    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="(%(default)s)")
+    parser.set_defaults(func=_perplexity)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    _need_torch()
+    from mobiquant.calibrate import calibrate
+    from mobiquant.source import open_source
+
+    settings = CalibrationSettings(
+        recipe=args.recipe,
+        samples=args.samples,
+        seq_len=args.seq_len,
+        epochs=args.epochs,
+        batch=args.batch,
+        seed=args.seed,
+        device=args.device,
+    )
+    if args.text is None and not _DEMO_TEXT.is_file():
+        raise ValueError("--text: expected a file: the bundled text comes with the source tree, not with the package")
+    text = read_text(args.text or _DEMO_TEXT)
+    try:
+        calibrate(open_source(args.model), args.output, text, settings, args.restart)
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command goes on from the blocks in {args.output}", file=sys.stderr)
+        return 130
+    print(f"{args.output}: calibrated; next: python -m export.to_gguf {args.output} -o FILE.gguf")
+    return 0
+
+
+def _perplexity(args: argparse.Namespace) -> int:
+    if args.windows is not None and args.windows < 1:
+        raise ValueError(f"--windows: expected at least 1, found {args.windows}")
+    if not args.model.is_dir():
+        from runtime.cli import perplexity
+
+        return perplexity(args)
+    _need_torch()
+    from mobiquant.evaluate import Evaluation, evaluate
+
+    depth = args.bits // SLICE_BITS if args.bits else None
+    evaluation = Evaluation(args.rule, depth, args.avg_bits, args.windows)
+    result = evaluate(args.model, read_text(args.file), evaluation, args.reference)
+    print(format_result(result, args.output))
+    return 0
+
+
+def format_result(result: dict[str, float | int], output: str) -> str:
+    """A score as one JSON object, or as `key value` pairs on one line. output: "json" or "text"."""
+    if output == "json":
+        return json.dumps(result)
+    return "  ".join(f"{key} {value:.6g}" for key, value in result.items())
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file. Raises ValueError with the file's name when it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
+
+
+def _need_torch() -> None:
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "safetensors", "tqdm")):
+        raise ValueError("torch or its companions are not installed: pip install 'mobiquant[calibrate]'")
