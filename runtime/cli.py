@@ -168,9 +168,7 @@ def perplexity(args: argparse.Namespace) -> int:
     from runtime.perplexity import score_text
 
     text = read_text(args.file)
-    with Model(
-        args.model, n_ctx=args.ctx_size or 0, n_threads=args.threads, bits=args.bits, avg_bits=args.avg_bits
-    ) as model:
+    with Model(args.model, bits=args.bits, avg_bits=args.avg_bits) as model:
         reference = _reference_logits(args.reference) if args.reference else None
         score = score_text(
             model, text, rule=args.rule, n_windows=args.windows, reference=reference, on_window=_progress_line()

@@ -9,32 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import pytest
+from tiny import TINY
 
-from export.shape import ModelShape
 from export.to_gguf import export_synthetic
 from mobiquant.cli import main
-from mobiquant.config import default_budgets
 
 ROOT = Path(__file__).parent.parent
-SHAPE = ModelShape(
-    vocab_size=272,
-    context_length=100_000,  # a generation that does not end by itself, for Ctrl-C
-    embedding_length=128,
-    block_count=2,
-    feed_forward_length=256,
-    head_count=2,
-    head_count_kv=1,
-    head_dim=64,
-    rms_epsilon=1e-5,
-    rope_freq_base=10000.0,
-    tied=False,
-    router_hidden=4,
-    budgets=default_budgets(),
-)
+# A context so long that a generation does not end by itself before Ctrl-C.
+SHAPE = replace(TINY, context_length=100_000, tied=False)
 FIGURES = re.compile(
     r"prompt \d+ tokens, [\d.]+ tok/s; generation \d+ tokens, [\d.]+ tok/s; "
     r"average bits (?P<bits>[\d.]+); (?P<megabytes>[\d.]+) MB read per token\n"
@@ -106,7 +93,7 @@ def test_info_says_what_is_in_the_file_and_what_runs_it(capfd: pytest.CaptureFix
     status, out, _ = run(capfd, "info", path)
     assert status == 0
     rows = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
-    weights = 2 * (128 * 128 * 2 + 64 * 128 * 2 + 3 * 128 * 256)
+    weights = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256)
     assert rows["parameters"].startswith(f"{weights + 2 * 272 * 128 + 5 * 128:,}, of which {weights:,}")
     assert re.match(r"2\.\d+ at 2 bits, 4\.\d+ at 4 bits, 6\.\d+ at 6 bits, 8\.\d+ at 8 bits", rows["bits per weight"])
     assert rows["tokenizer"] == "257 tokens, begin 256 (added to prompts), end none, no chat template"

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import TINY
 
-from export.shape import ModelShape
 from export.synthetic import synthetic_vocabulary
 from export.to_gguf import export_synthetic
-from mobiquant.config import default_budgets
 from runtime import MobiQuantError, Model
 from runtime.budget import Budget
 from runtime.completion import StopStrings
@@ -22,21 +21,6 @@ from runtime.sampling import SamplingSettings
 from runtime.tokens import TextStream, Tokenizer
 
 ROOT = Path(__file__).parent.parent
-SHAPE = ModelShape(
-    vocab_size=272,
-    context_length=96,
-    embedding_length=128,
-    block_count=2,
-    feed_forward_length=256,
-    head_count=4,
-    head_count_kv=2,
-    head_dim=32,
-    rms_epsilon=1e-5,
-    rope_freq_base=10000.0,
-    tied=True,
-    router_hidden=4,
-    budgets=default_budgets(),
-)
 GREEDY = SamplingSettings(temperature=0)
 TEXT = "naïve 日本語 😀👩‍👩‍👧 tail"
 
@@ -44,7 +28,7 @@ TEXT = "naïve 日本語 😀👩‍👩‍👧 tail"
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("runtime") / "random.gguf"
-    export_synthetic(SHAPE, target, "random")
+    export_synthetic(TINY, target, "random")
     return target
 
 
@@ -91,8 +75,8 @@ def test_synthetic_routers_spend_about_the_average_asked_for(model: Model, bits:
 def test_average_bits_count_weights_read(model: Model) -> None:
     model.bits = 3.3
     model.eval(model.tokenize("count me"))
-    weights = np.array([np.prod(SHAPE.linear(name)) for name in ("attn_q", "attn_k", "attn_v", "attn_output")])
-    weights = np.append(weights, [np.prod(SHAPE.linear(name)) for name in ("ffn_gate", "ffn_up", "ffn_down")])
+    weights = np.array([np.prod(TINY.linear(name)) for name in ("attn_q", "attn_k", "attn_v", "attn_output")])
+    weights = np.append(weights, [np.prod(TINY.linear(name)) for name in ("ffn_gate", "ffn_up", "ffn_down")])
     depths = model.depths(0, model.position).astype(float)
     expected = 2 * (depths * weights).sum() / (weights.sum() * depths[..., 0].size)
     assert model.stats.average_bits == pytest.approx(expected, rel=1e-12)
@@ -117,7 +101,7 @@ def test_bits_and_average_bits_together_are_refused(path: Path) -> None:
 def test_pieces_of_any_length_give_the_same_logits(path: Path, model: Model) -> None:
     tokens = model.tokenize("a prompt that is longer than the pieces it is computed in")
     expected = model.eval(tokens, all_logits=True)
-    assert expected.shape == (len(tokens), SHAPE.vocab_size)
+    assert expected.shape == (len(tokens), TINY.vocab_size)
     with Model(path, n_batch=7) as pieces:
         np.testing.assert_array_equal(pieces.eval(tokens, all_logits=True), expected)
         pieces.reset()
@@ -268,7 +252,7 @@ def test_score_counts_every_token_once_whatever_the_piece(model: Model, monkeypa
     assert whole.tokens == len(text)
     monkeypatch.setattr("runtime.perplexity._PIECE", 11)
     assert score_text(model, text).nll == pytest.approx(whole.nll, rel=1e-12)
-    assert score_text(model, text, n_windows=1).tokens == SHAPE.context_length - 1
+    assert score_text(model, text, n_windows=1).tokens == TINY.context_length - 1
 
 
 def test_score_against_its_own_logits_has_no_divergence(model: Model) -> None:
