@@ -40,7 +40,7 @@ class CalibrationSettings:
     seq_len: int | None = None
     epochs: int = 20
     batch: int = 1
-    clip_lr: float = 5e-3
+    clip_lr: float = 2e-2
     router_lr: float = 5e-3
     lambda_bits: float = 0.1
     seed: int = 0

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 
 from mobiquant.scoring import clean_text
 
-# Every eighth piece of the text is kept from training: thresholds must not be taken on inputs that the routers were fitted
-# to, and must be taken all over the text, because what a document costs differs by 0.2 bits from one to the next.
+# Every eighth piece of the text is kept from training: thresholds must not be taken on inputs that the routers saw, and
+# must come from all over the text, because the bits that a document takes differ by 0.2 from one to the next.
 _HELD_OUT_EVERY = 8
 _MIN_HELD_OUT = 16
 

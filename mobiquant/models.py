@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -67,13 +68,16 @@ def parse_config(content: dict[str, object], where: Path | str) -> PreTrainedCon
         supported = ", ".join(ARCHITECTURES)
         raise UnsupportedModelError(f"{where}: model_type: expected one of {supported}, found {model_type}")
     # quantization_config is ours: transformers would look for a quantizer of that name.
-    config = ARCHITECTURES[model_type].config(**{k: v for k, v in content.items() if k != "quantization_config"})
+    settings = {key: value for key, value in content.items() if key != "quantization_config"}
+    try:
+        config = ARCHITECTURES[model_type].config(**settings)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise UnsupportedModelError(f"{where}: expected a valid {model_type} configuration: {error}") from error
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     checks = [
         ("attention_bias", config.attention_bias, "False (the format has no bias)", not config.attention_bias),
         ("mlp_bias", config.mlp_bias, "False (the format has no bias)", not config.mlp_bias),
         ("hidden_act", config.hidden_act, "silu", config.hidden_act == "silu"),
-        ("head_dim", config.head_dim, "an even number (rotary pairs)", config.head_dim % 2 == 0),
         ("rope_type", rope, f"one of {', '.join(_STATIC_ROPE)} (fixed frequencies)", rope in _STATIC_ROPE),
         (
             "num_key_value_heads",
@@ -200,8 +204,8 @@ class ReferenceModel(nn.Module):
     @property
     def bits_read(self) -> float:
         """Average bits per routed weight of the last call."""
-        share = (self._weights / self._weights.sum()).double()
-        return float((self.depths.cpu().double() * SLICE_BITS * share).sum(-1).mean())
+        per_token = (self.depths.cpu() * self._weights).sum((1, 2)) * SLICE_BITS
+        return float(per_token.double().mean() / (self._weights.sum() * self.config.num_hidden_layers))
 
     @torch.no_grad()
     def forward(self, token_ids: Tensor) -> Tensor:

@@ -140,9 +140,10 @@ def budget_cuts(scores_at: Sequence[Sequence[Tensor]], weights: Sequence[int], b
     weights[l]: weights of linear l. A budget between 2D and 2D+2 bits mixes the scores at depths D and D+1.
     """
     per_depth = [_spending(linears, weights) for linears in scores_at]
-    everything = np.concatenate([values for values, _ in per_depth])
+    lowest = min(float(scores.min()) for linears in scores_at for scores in linears)
+    highest = max(float(scores.max()) for linears in scores_at for scores in linears)
     # The ends must be safely outside in float32, whatever the scores' size.
-    margin = 1e-3 * max(1.0, float(np.abs(everything).max()))
+    margin = 1e-3 * max(1.0, abs(lowest), abs(highest))
     cuts = np.empty(len(budgets))
     for depth in range(1, SLICE_COUNT):
         (low_values, low_shares), (high_values, high_shares) = per_depth[depth - 1], per_depth[depth]
@@ -153,7 +154,7 @@ def budget_cuts(scores_at: Sequence[Sequence[Tensor]], weights: Sequence[int], b
             if 0 <= part <= 1:
                 shares = np.concatenate((low_shares * (1 - part), high_shares * part))
                 cuts[index] = _cut(values[order], shares[order].cumsum(), bits)
-    cuts[0], cuts[-1] = everything.max() + margin, everything.min() - margin
+    cuts[0], cuts[-1] = highest + margin, lowest - margin
     return np.minimum.accumulate(cuts).astype(np.float32)
 
 

@@ -25,6 +25,8 @@ from mobiquant.slices import decode_straight_through, join_groups, scale_offset,
 # sigmoid(5) = 0.993: nearly the whole range, with a gradient left.
 _INITIAL_CLIP = 5.0
 _TEMPERATURE = 1.0
+# The routers arrive fitted; at the full step size the gates' noisy gradient undoes that.
+_ROUTER_TUNING = 0.1
 
 
 def step_count(settings: CalibrationSettings) -> int:
@@ -147,9 +149,11 @@ def calibrate_block(task: BlockTask) -> CalibratedBlock:
     for point, router in training.routers.items():
         fit_router(router, examples[point], settings.router_lr, task.generator)
 
-    optimizer = torch.optim.AdamW(
-        [{"params": training.clipping()}, {"params": training.routing()}], lr=settings.clip_lr, weight_decay=0.0
-    )
+    groups = [
+        {"params": training.clipping(), "lr": settings.clip_lr},
+        {"params": training.routing(), "lr": settings.router_lr * _ROUTER_TUNING},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for number, windows in enumerate(_batches(task, optimizer, "all slices")):
         depth = int(task.depths[windows[0]])
         if number % 2 == 0:

@@ -1,0 +1,217 @@
+"""From a model folder to a checkpoint: what it holds, resuming, the reference model, refusals, the demo's trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+import mobiquant.calibrate as calibration  # noqa: E402
+from mobiquant.checkpoint import LINEARS, CheckpointError, open_checkpoint  # noqa: E402
+from mobiquant.cli import main  # noqa: E402
+from mobiquant.data import calibration_windows  # noqa: E402
+from mobiquant.demo import train  # noqa: E402
+from mobiquant.evaluate import Evaluation, evaluate, logits_of  # noqa: E402
+from mobiquant.models import UnsupportedModelError, open_reference, parse_config  # noqa: E402
+from mobiquant.source import open_source  # noqa: E402
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def interrupt_at_block(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """Make the calibration of block `stop` raise what Ctrl-C raises."""
+    prepare = calibration._Calibration._task
+
+    def task(self, index, *rest):
+        if index == stop:
+            raise KeyboardInterrupt
+        return prepare(self, index, *rest)
+
+    monkeypatch.setattr(calibration._Calibration, "_task", task)
+
+
+def test_checkpoint_holds_every_tensor_in_its_form(tiny_checkpoint):
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    hidden = checkpoint.quantization.router.hidden_size
+    assert checkpoint.tensor("model.layers.1.mlp.down_proj.codes", np.uint8, (144, 200)).max() > 200
+    assert np.isfinite(checkpoint.tensor("model.layers.1.mlp.down_proj.scales", np.float16, (144, 2))).all()
+    checkpoint.tensor("model.layers.0.router_attn_in.hidden", np.int8, (hidden, 144))
+    checkpoint.tensor("model.layers.0.router_ffn_in.head", np.float32, (2, 3, hidden + 1))
+    threshold = checkpoint.tensor("model.layers.0.router_attn_in.threshold", np.float32, (3, 3, 32))
+    assert np.isfinite(threshold).all() and (np.diff(threshold) <= 0).all()
+    checkpoint.tensor("model.rotary_emb.inv_freq", np.float32, (18,))
+    assert not checkpoint.has("lm_head.codes")
+    assert len(checkpoint.names()) == 2 * (7 * 3 + 4 * 6 + 2) + 3 + 1 + 1
+
+
+def test_interrupted_and_resumed_run_gives_the_same_bytes(
+    tmp_path, monkeypatch, tiny_model, tiny_text, tiny_settings, tiny_checkpoint
+):
+    folder, source = tmp_path / "resumed", open_source(str(tiny_model))
+    interrupt_at_block(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        calibration.calibrate(source, folder, tiny_text, tiny_settings)
+    monkeypatch.undo()
+    assert [path.name for path in folder.glob("block-*")] == ["block-00000.safetensors"]
+    with pytest.raises(CheckpointError, match="expected a checkpoint folder, found no config.json"):
+        open_checkpoint(folder)
+    calibration.calibrate(source, folder, tiny_text, tiny_settings)
+    assert contents(folder) == contents(tiny_checkpoint)
+
+
+def test_other_settings_are_refused_until_restart(
+    tmp_path, monkeypatch, tiny_model, tiny_text, tiny_settings, tiny_checkpoint
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, folder)
+    other = dataclasses.replace(tiny_settings, seed=7)
+    with pytest.raises(CheckpointError, match="another seed: expected 7, found 0; use --restart"):
+        calibration.calibrate(open_source(str(tiny_model)), folder, tiny_text, other)
+    with pytest.raises(CheckpointError, match="another text"):
+        calibration.calibrate(open_source(str(tiny_model)), folder, tiny_text + "more", tiny_settings)
+    assert contents(folder) == contents(tiny_checkpoint)
+    interrupt_at_block(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        calibration.calibrate(open_source(str(tiny_model)), folder, tiny_text, other, restart=True)
+    assert not list(folder.glob("block-*")) and not (folder / "config.json").exists()
+
+
+def test_foreign_folder_is_left_alone(tmp_path, tiny_model, tiny_text, tiny_settings):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(CheckpointError, match="expected a new or empty folder"):
+        calibration.calibrate(open_source(str(tiny_model)), tmp_path, tiny_text, tiny_settings, restart=True)
+    assert contents(tmp_path) == {"thesis.tex": b"mine"}
+
+
+def test_reference_nears_full_precision_with_depth(tiny_checkpoint, tiny_model):
+    exact = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    reference, tokens = open_reference(tiny_checkpoint), np.arange(40, dtype=np.int32)
+    errors = []
+    for depth in (1, 2, 3, 4):
+        reference.set_depth(depth)
+        errors.append(np.square(logits_of(reference, tokens) - logits_of(exact, tokens)).mean())
+        assert (reference.depths == depth).all() and reference.bits_read == 2 * depth
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] > errors[3]
+
+
+def test_routed_reference_spends_about_the_budget(tiny_checkpoint, tiny_model, tiny_text, tiny_settings):
+    reference, source = open_reference(tiny_checkpoint), open_source(str(tiny_model))
+    held_out = calibration_windows(tiny_text, source.tokenizer(), 0, 8, tiny_settings.seq_len, 0).held_out
+    for bits in (3.0, 4.5, 6.0):
+        reference.set_average_bits(bits)
+        reference(torch.from_numpy(held_out))
+        assert reference.depths.shape == (held_out.size, 2, len(LINEARS)) and reference.depths.dtype == torch.uint8
+        assert reference.bits_read == pytest.approx(bits, abs=0.25)
+
+
+def test_budget_ends_equal_uniform_depths(tiny_checkpoint):
+    reference, tokens = open_reference(tiny_checkpoint), np.arange(30, dtype=np.int32)
+    for bits, depth in ((2, 1), (8, 4)):
+        reference.set_average_bits(bits)
+        routed = logits_of(reference, tokens)
+        reference.set_depth(depth)
+        np.testing.assert_array_equal(routed, logits_of(reference, tokens))
+
+
+def test_reference_refuses_bad_precisions(tiny_checkpoint):
+    reference = open_reference(tiny_checkpoint)
+    for call, message in (
+        (lambda: reference.set_depth(5), "depth: expected 1..4, found 5"),
+        (lambda: reference.set_average_bits(1.9), "average bits: expected 2..8, found 1.9"),
+        (lambda: reference.set_output_depth(5), "output depth: expected 0..4, found 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_evaluation_gives_the_agreed_keys(tiny_checkpoint, tiny_model, tiny_text):
+    result = evaluate(tiny_checkpoint, tiny_text, Evaluation(depth=4, windows=2), reference=tiny_model)
+    assert list(result) == ["ppl", "tokens", "avg_bits", "kld", "top1"]
+    assert result["avg_bits"] == 8 and result["tokens"] == 126 and 0 <= result["kld"] < 0.05 and result["top1"] > 0.8
+    with pytest.raises(ValueError, match="expected a calibrated checkpoint"):
+        evaluate(tiny_model, tiny_text, Evaluation(depth=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type: expected one of llama, found gpt2"),
+        ({"attention_bias": True}, "attention_bias: expected False"),
+        ({"mlp_bias": True}, "mlp_bias: expected False"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected silu, found gelu"),
+        ({"head_dim": 35}, "expected a valid llama configuration.*even rotary dimension"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of num_attention_heads 4, found 3"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type: expected one of"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type: expected one of"),
+    ],
+)
+def test_models_that_the_format_cannot_hold_are_refused(tiny_model, change, message):
+    content = json.loads((tiny_model / "config.json").read_text())
+    with pytest.raises(UnsupportedModelError, match=f"(?s){message}"):
+        parse_config(content | change, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors.index.json").unlink(), "expected a finished calibration"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "expected a JSON object, found list"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "quantization_config: expected, found nothing"),
+        (lambda folder: (folder / "outer.safetensors").unlink(), "expected a file in the folder"),
+        (lambda folder: (folder / "outer.safetensors").write_bytes(b"\0" * 40), "cannot be read"),
+        (lambda folder: edit_config(folder, slice_bits=[2, 2]), r"slice_bits: expected \[2, 2, 2, 2\], found \[2, 2\]"),
+        (lambda folder: edit_config(folder, format_version=2), "format_version: expected 1, found 2"),
+        (lambda folder: edit_config(folder, router={"hidden_size": 17}), "router.budgets: expected"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(tmp_path, tiny_checkpoint, damage, message):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_checkpoint, folder)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        open_reference(folder)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    content["quantization_config"].update(changes)
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def test_command_line_reports_one_line_per_error(tmp_path, capsys, tiny_model, tiny_checkpoint):
+    text = tmp_path / "short.txt"
+    text.write_text("a few words")
+    folder = str(tmp_path / "out")
+    for arguments, message in (
+        (["calibrate", str(tmp_path), "-o", folder], "config.json"),
+        (["calibrate", str(tiny_checkpoint), "-o", folder], "expected full precision, found a quantized model"),
+        (["calibrate", str(tiny_model), "-o", folder, "--text", str(text)], "text: expected at least"),
+        (["calibrate", str(tiny_model), "-o", folder, "--text", str(tmp_path / "no.txt")], "no.txt"),
+        (["calibrate", str(tiny_model), "-o", folder, "--seq-len", "65"], "context 64, found 65"),
+        (["calibrate", str(tiny_model), "-o", folder, "--recipe", "best2"], "recipe: expected one of paper"),
+    ):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not Path(folder).exists()
+
+
+def test_trainer_writes_a_model_that_can_be_calibrated(tmp_path, tiny_text):
+    shape = train.Shape(vocab=300, width=32, layers=1, heads=2, kv_heads=1, feed_forward=48, context=32)
+    folder = tmp_path / "trained"
+    schedule = train.Schedule(steps=12, batch=4, warmup=2)
+    loss = train.train(tiny_text, folder, shape, schedule, torch.device("cpu"))
+    assert loss < 0.9 * np.log(300)
+    source = open_source(str(folder))
+    assert source.tokenizer().encode("a").ids[0] == 0
+    assert source.block(0).mlp.up_proj.weight.shape == (48, 32)
