@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny seeded Llama folder made in seconds, a text it can tokenise, and its calibrated checkpoint."""
+"""Shared fixtures: a tiny seeded Llama folder made in seconds, a text for it, and its calibrated checkpoint."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_interrupted_and_resumed_run_gives_the_same_bytes(
         calibration.calibrate(source, folder, tiny_text, tiny_settings)
     monkeypatch.undo()
     assert [path.name for path in folder.glob("block-*")] == ["block-00000.safetensors"]
-    with pytest.raises(CheckpointError, match="expected a checkpoint folder, found no config.json"):
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint folder, found no config\.json"):
         open_checkpoint(folder)
     calibration.calibrate(source, folder, tiny_text, tiny_settings)
     assert contents(folder) == contents(tiny_checkpoint)

@@ -56,7 +56,7 @@ def test_scales_and_offsets_come_back_and_padding_is_zero(shape):
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="slice_index: expected 1..4, found 5"):
+    with pytest.raises(ValueError, match=r"slice_index: expected 1\.\.4, found 5"):
         pack_plane(np.zeros((16, 128), np.uint8), 5)
     with pytest.raises(ValueError, match=r"plane: expected shape \(1, 1, 512\)"):
         unpack_plane(np.zeros((2, 1, 512), np.int8), 16, 128)
