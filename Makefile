@@ -63,5 +63,5 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-deps --retries 1 -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools -e '.[test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt 'setuptools>=77' -e '.[test]'
 	@touch $@

@@ -15,35 +15,41 @@ from mobiquant.checkpoint import CONFIG_FILE, Checkpoint
 from mobiquant.packing import groups_of, pack_plane, pack_scale_offset
 
 SUPPORTED = ("llama",)
+_ROPE_THETA = 10000.0  # the base of a configuration that names none
 
 
 def checkpoint_shape(checkpoint: Checkpoint) -> ModelShape:
     """The ModelShape that config.json describes. Raises ExportError for another architecture or a bad key."""
     config, quantization = checkpoint.config, checkpoint.quantization
+    # Newer configurations keep the rotary base in an object of its own.
+    config = config | (config.get("rope_parameters") or {})
     where = checkpoint.path / CONFIG_FILE
     model_type = config.get("model_type")
     if model_type not in SUPPORTED:
         raise ExportError(f"{where}: model_type: expected one of {', '.join(SUPPORTED)}, found {model_type!r}")
 
-    def number(key: str, kind: type, entry: dict[str, Any] = config, default: float | None = None) -> Any:
-        value = entry.get(key) if entry.get(key) is not None else default
+    def number(key: str, kind: type[int] | type[float], default: float | None = None) -> Any:
+        value = config.get(key) if config.get(key) is not None else default
         if isinstance(value, bool) or not isinstance(value, (int, kind)):
             raise ExportError(f"{where}: {key}: expected a number of type {kind.__name__}, found {value!r}")
         return kind(value)
 
     width, heads = number("hidden_size", int), number("num_attention_heads", int)
+    sizes = {
+        "vocab_size": number("vocab_size", int),
+        "context_length": number("max_position_embeddings", int),
+        "embedding_length": width,
+        "block_count": number("num_hidden_layers", int),
+        "feed_forward_length": number("intermediate_size", int),
+        "head_count": heads,
+        "head_count_kv": number("num_key_value_heads", int, default=heads),
+        "head_dim": number("head_dim", int, default=width // max(heads, 1)),
+        "rms_epsilon": number("rms_norm_eps", float),
+        "rope_freq_base": number("rope_theta", float, default=_ROPE_THETA),
+    }
     try:
         return ModelShape(
-            vocab_size=number("vocab_size", int),
-            context_length=number("max_position_embeddings", int),
-            embedding_length=width,
-            block_count=number("num_hidden_layers", int),
-            feed_forward_length=number("intermediate_size", int),
-            head_count=heads,
-            head_count_kv=number("num_key_value_heads", int, default=heads),
-            head_dim=number("head_dim", int, default=width // max(heads, 1)),
-            rms_epsilon=number("rms_norm_eps", float),
-            rope_freq_base=number("rope_theta", float, config.get("rope_parameters") or config, 10000.0),
+            **sizes,
             tied=bool(config.get("tie_word_embeddings", False)),
             router_hidden=quantization.router.hidden_size,
             budgets=tuple(quantization.router.budgets),
@@ -52,7 +58,7 @@ def checkpoint_shape(checkpoint: Checkpoint) -> ModelShape:
             base_architecture=model_type,
         )
     except ExportError as error:
-        raise ExportError(str(error) if str(where) in str(error) else f"{where}: {error}") from error
+        raise ExportError(f"{where}: {error}") from error
 
 
 class CheckpointSource:

@@ -104,8 +104,15 @@ class NativeModel:
         handle = ffi.new("mq_model **")
         error = ffi.new("mq_error *")
         _check(lib.mq_model_open(str(path).encode(), options, handle, error), error)
-        self.handle = handle[0]
-        self._close = weakref.finalize(self, lib.mq_model_close, self.handle)
+        self._handle = handle[0]
+        self._close = weakref.finalize(self, lib.mq_model_close, self._handle)
+
+    @property
+    def handle(self) -> Any:
+        """The C handle. Raises ValueError after `close`."""
+        if not self._close.alive:
+            raise ValueError("model: expected an open one, found it closed")
+        return self._handle
 
     def close(self) -> None:
         """Release the file; every session must be closed before. Closing twice is allowed."""
@@ -147,9 +154,15 @@ class NativeSession:
         error = ffi.new("mq_error *")
         _check(lib.mq_session_open(model.handle, options, handle, error), error)
         self._model = model  # kept open as long as this session lives
-        self._handle = handle[0]
+        self._raw_handle = handle[0]
         self._block_count = model.info().block_count
-        self._close = weakref.finalize(self, lib.mq_session_close, self._handle)
+        self._close = weakref.finalize(self, lib.mq_session_close, self._raw_handle)
+
+    @property
+    def _handle(self) -> Any:
+        if not self._close.alive:
+            raise ValueError("session: expected an open one, found it closed")
+        return self._raw_handle
 
     def close(self) -> None:
         """Free the cache and stop the threads. Closing twice is allowed."""

@@ -65,11 +65,11 @@ class Sampler:
 
 
 def penalize(logits: np.ndarray, recent: Sequence[int], penalty: float) -> np.ndarray:
-    """Logits in float64 [vocab], those of `recent` tokens divided (above 0) or multiplied (below 0) by `penalty`."""
-    logits = logits.astype(np.float64)
-    if penalty != 1 and len(recent):
-        tokens = np.unique(np.asarray(recent, np.int64))
-        logits[tokens] = np.where(logits[tokens] > 0, logits[tokens] / penalty, logits[tokens] * penalty)
+    """float32 [vocab] logits, those of `recent` tokens divided (above 0) or multiplied (below 0) by `penalty`."""
+    if penalty == 1 or not len(recent):
+        return logits
+    logits, tokens = logits.copy(), np.unique(np.asarray(recent, np.int64))
+    logits[tokens] = np.where(logits[tokens] > 0, logits[tokens] / penalty, logits[tokens] * penalty)
     return logits
 
 
@@ -87,6 +87,6 @@ def candidates(logits: np.ndarray, settings: SamplingSettings) -> np.ndarray:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of float64 [n] logits."""
-    weights = np.exp(logits - logits.max())
+    """Probabilities, float64, of [n] logits."""
+    weights = np.exp(logits - logits.max(), dtype=np.float64)
     return weights / weights.sum()

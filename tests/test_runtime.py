@@ -150,6 +150,15 @@ def test_generation_ends_when_the_context_is_full(model: Model) -> None:
     assert len(list(model.generate(tokens, GREEDY))) == 96 - len(tokens) + 1
 
 
+def test_closed_model_refuses_every_use(path: Path) -> None:
+    with Model(path) as model:
+        model.eval([1])
+    model.close()
+    for use in (lambda: model.eval([1]), lambda: model.stats, lambda: model.tokenize("a"), lambda: model.n_ctx):
+        with pytest.raises(ValueError, match="found it closed"):
+            use()
+
+
 # Completion
 
 
