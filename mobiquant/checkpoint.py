@@ -151,9 +151,12 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write one safetensors file atomically."""
+    """Write one safetensors file atomically. Raises CheckpointError when it cannot be written, as on a full disk."""
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    _atomically(path, lambda temporary: save_file(contiguous, temporary))
+    try:
+        _atomically(path, lambda temporary: save_file(contiguous, temporary))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,8 @@ from mobiquant.cli import main  # noqa: E402
 from mobiquant.data import calibration_windows  # noqa: E402
 from mobiquant.demo import train  # noqa: E402
 from mobiquant.evaluate import Evaluation, evaluate, logits_of  # noqa: E402
-from mobiquant.models import UnsupportedModelError, open_reference, parse_config  # noqa: E402
+from mobiquant.models import UnsupportedModelError, parse_config  # noqa: E402
+from mobiquant.reference import open_reference  # noqa: E402
 from mobiquant.source import open_source  # noqa: E402
 
 
@@ -186,6 +189,17 @@ def edit_config(folder: Path, **changes: object) -> None:
     content = json.loads((folder / "config.json").read_text())
     content["quantization_config"].update(changes)
     (folder / "config.json").write_text(json.dumps(content))
+
+
+def test_full_disk_leaves_no_half_written_file(tmp_path):
+    code = (
+        "import resource, sys, numpy as np; from pathlib import Path; from mobiquant.checkpoint import write_tensors\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "write_tensors(Path(sys.argv[1]) / 'block.safetensors', {'x': np.zeros(100_000, np.uint8)})"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert "CheckpointError" in result.stderr and "block.safetensors: cannot be written" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_line_reports_one_line_per_error(tmp_path, capsys, tiny_model, tiny_checkpoint):
