@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def _add_perplexity(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    _need_torch()
+    _prepare_torch()
     from mobiquant.calibrate import calibrate
     from mobiquant.source import open_source
 
@@ -123,7 +124,7 @@ def _perplexity(args: argparse.Namespace) -> int:
         from runtime.cli import perplexity
 
         return perplexity(args)
-    _need_torch()
+    _prepare_torch()
     from mobiquant.evaluate import Evaluation, evaluate
 
     depth = args.bits // SLICE_BITS if args.bits else None
@@ -148,6 +149,9 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
 
 
-def _need_torch() -> None:
+def _prepare_torch() -> None:
+    """Check that torch is there, and set what must be set before it is imported."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "safetensors", "tqdm")):
         raise ValueError("torch or its companions are not installed: pip install 'mobiquant[calibrate]'")
+    # Threads that wait in busy loops make a step fifty times slower as soon as another process wants one of the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
