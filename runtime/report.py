@@ -19,13 +19,13 @@ def describe(model: Model) -> str:
         ("name", model.name),
         ("shape", _shape(info)),
         ("parameters", f"{_parameters(info):,}, of which {info.routed_weights:,} in routed linears"),
-        *((f"slice {index + 1}", _megabytes(size)) for index, size in enumerate(info.slice_bytes)),
-        ("scales", _megabytes(info.scale_bytes)),
+        *((f"slice {index + 1}", _size(size)) for index, size in enumerate(info.slice_bytes)),
+        ("scales", _size(info.scale_bytes)),
         (
             "routers",
-            f"{_megabytes(info.router_bytes)}, {info.router_bytes / _bytes_at(info, 1):.2%} of what 2 bits read",
+            f"{_size(info.router_bytes)}, {info.router_bytes / _bytes_at(info, 1):.2%} of what 2 bits read",
         ),
-        ("embedding", f"{_megabytes(info.embedding_bytes)}, read at {2 * info.embedding_depth} bits"),
+        ("embedding", f"{_size(info.embedding_bytes)}, read at {2 * info.embedding_depth} bits"),
         ("output head", _output(info)),
         ("bits per weight", _bits_per_weight(info)),
         ("tokenizer", _tokenizer(model)),
@@ -39,8 +39,8 @@ def describe(model: Model) -> str:
 def _file(model: Model) -> str:
     info = model.info
     if info.file_bytes >= info.expected_bytes:
-        return f"{model.path}, {_megabytes(info.file_bytes)}"
-    present, missing = _megabytes(info.file_bytes), _megabytes(info.expected_bytes - info.file_bytes)
+        return f"{model.path}, {_size(info.file_bytes)}"
+    present, missing = _size(info.file_bytes), _size(info.expected_bytes - info.file_bytes)
     return f"{model.path}, {present}, cut short by {missing}: {info.max_depth} of {_SLICES} slices usable"
 
 
@@ -59,7 +59,7 @@ def _parameters(info: ModelInfo) -> int:
 
 
 def _output(info: ModelInfo) -> str:
-    size = _megabytes(info.output_bytes) if info.output_bytes else "tied to the embedding"
+    size = _size(info.output_bytes) if info.output_bytes else "tied to the embedding"
     return f"{size}, read at {2 * info.output_depth} bits"
 
 
@@ -94,5 +94,5 @@ def _kernels(model: Model) -> str:
     return ", ".join(names)
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
