@@ -14,7 +14,7 @@ from tiny import TINY
 from export.to_gguf import export_synthetic
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("mobiquant", "runtime", "export", "setup.py", "pyproject.toml", "LICENSE")
+SOURCES = ("mobiquant", "runtime", "export", "setup.py", "pyproject.toml", "LICENSE", "README.md")
 CALIBRATION_ONLY = ("torch", "transformers", "safetensors", "gguf", "tqdm")
 
 
