@@ -30,7 +30,7 @@ def verify_file(path: Path, fields: Sequence[Field], plan: Sequence[PlannedTenso
         _expect(path, f"key {field.key}", _as_stored(field), _stored(reader, field.key))
     _expect(path, "tensor names", [tensor.name for tensor in plan], [tensor.name for tensor in reader.tensors])
 
-    end = reader.data_offset
+    end = int(reader.data_offset)  # the reader's own number has 32 bits, too few for a large file
     total = sum(tensor.nbytes for tensor in plan)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", leave=False, disable=None) as progress:
         for planned, stored in zip(plan, reader.tensors, strict=True):
