@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mobiquant.arithmetic import fma, square_root
 from mobiquant.packing import GROUP_SIZE, groups_of
 
 # Below this magnitude a group counts as zero.
@@ -31,10 +32,12 @@ class Activations:
         return (self.codes * self.scales.unsqueeze(-1)).flatten(1)[:, : self.columns]
 
     def root_mean_square(self) -> Tensor:
-        """sqrt(Σ x² / columns + 1e-12) of the dequantised values, float32 [tokens]."""
-        squares = self.codes.square().sum(-1)
-        total = (squares * self.scales.square()).sum(-1)
-        return torch.sqrt(total / self.columns + 1e-12)
+        """sqrt(Σ x² / columns + 1e-12) of the dequantised values, float32 [tokens]; groups in ascending order."""
+        squares, scales = self.codes.square().sum(-1), self.scales.square()
+        total = torch.zeros_like(scales[:, 0])
+        for group in range(scales.shape[1]):
+            total = fma(scales[:, group], squares[:, group], total)
+        return square_root(total / self.columns + 1e-12)
 
     def select(self, tokens: Tensor) -> Activations:
         """The tokens where the bool mask `tokens` is set."""
@@ -47,6 +50,7 @@ def quantize_activations(x: Tensor) -> Activations:
     x = functional.pad(x, (0, groups_of(columns) * GROUP_SIZE - columns)).unflatten(1, (-1, GROUP_SIZE))
     largest = x.abs().amax(-1)
     used = largest >= _NEGLIGIBLE
-    inverse = torch.where(used, 127.0 / torch.where(used, largest, 1.0), 0.0)
+    # A tensor over a tensor: torch takes number / tensor as a product with the reciprocal, which rounds twice.
+    inverse = torch.where(used, largest.new_tensor(127.0) / torch.where(used, largest, 1.0), 0.0)
     scales = torch.where(used, largest / 127.0, 0.0)
     return Activations(torch.round(x * inverse.unsqueeze(-1)), scales, columns)

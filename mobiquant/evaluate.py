@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from mobiquant.checkpoint import is_checkpoint
-from mobiquant.models import ReferenceModel, open_reference
+from mobiquant.reference import ReferenceModel, open_reference
 from mobiquant.scoring import Score, clean_text, make_windows
 from mobiquant.source import load_tokenizer, open_source
 
@@ -61,10 +60,10 @@ def evaluate(
     return score.to_dict(bits / scored)
 
 
-def open_model(path: Path | str) -> torch.nn.Module:
+def open_model(path: Path | str) -> ReferenceModel | torch.nn.Module:
     """A checkpoint as the reference model, or another folder in full precision, float32."""
     if is_checkpoint(path):
-        return open_reference(path)
+        return open_reference(path, exact=False)
     folder = open_source(str(path)).path
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -76,8 +75,9 @@ def reference_logits(path: Path | str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 @torch.no_grad()
-def logits_of(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
+def logits_of(model: ReferenceModel | torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
     """float32 [n, vocab] for tokens int32 [n]."""
-    token_ids: Tensor = torch.from_numpy(tokens.astype(np.int64))[None]
-    result = model(token_ids) if isinstance(model, ReferenceModel) else model(token_ids, use_cache=False).logits
-    return result[0].numpy()
+    if isinstance(model, ReferenceModel):
+        return model.logits(tokens)
+    token_ids = torch.from_numpy(tokens.astype(np.int64))[None]
+    return model(token_ids, use_cache=False).logits[0].numpy()

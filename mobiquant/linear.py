@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mobiquant.activations import Activations, quantize_activations
+from mobiquant.arithmetic import fma
 from mobiquant.packing import GROUP_SIZE, SLICE_BITS, SLICE_COUNT
 from mobiquant.router import Router
-from mobiquant.slices import SlicedWeight, decode, split_groups
+from mobiquant.slices import SlicedWeight, split_groups
 
 
 @dataclass
@@ -47,15 +48,16 @@ class SliceLinear(nn.Module):
         return self.multiply(activations, self.depth).reshape(*x.shape[:-1], self.rows)
 
     def multiply(self, x: Activations, depth: int) -> Tensor:
-        """float32 [tokens, rows]: Σ_g scale_g·(s_D·(Q_D·q)_g + (s_D/2 - o)·(Σq)_g), groups in ascending order."""
+        """float32 [tokens, rows]: Σ_g scale_g·s_D·(Q_D·q)_g + (s_D/2 - o)·scale_g·(Σq)_g, groups in ascending order."""
         top = torch.bitwise_right_shift(split_groups(self.codes), SLICE_BITS * (SLICE_COUNT - depth)).float()
         step = self.scales.float() * 0.25 ** (depth - 1)
-        bias = 0.5 * step - self.offsets.float()
-        sums = x.codes.sum(-1)
+        base = 0.5 * step - self.offsets.float()
+        sums = x.scales * x.codes.sum(-1)
         result = torch.zeros(len(x.codes), self.rows, device=x.codes.device)
         for group in range(x.codes.shape[1]):
             dots = x.codes[:, group] @ top[:, group].T
-            result += x.scales[:, group, None] * (step[:, group] * dots + bias[:, group] * sums[:, group, None])
+            result = fma(x.scales[:, group, None] * step[:, group], dots, result)
+            result = fma(base[:, group], sums[:, group, None], result)
         return result
 
 
@@ -104,4 +106,5 @@ class SliceEmbedding(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         scale = self.scales[token_ids].float().repeat_interleave(GROUP_SIZE, dim=-1)[..., : self.columns]
         offset = self.offsets[token_ids].float().repeat_interleave(GROUP_SIZE, dim=-1)[..., : self.columns]
-        return decode(self.codes[token_ids], scale, offset, self.depth)
+        top = torch.bitwise_right_shift(self.codes[token_ids], SLICE_BITS * (SLICE_COUNT - self.depth)).float()
+        return fma(scale * 0.25 ** (self.depth - 1), top + 0.5, -offset)

@@ -1,9 +1,4 @@
-"""The supported architectures, and a checkpoint opened as the torch reference model.
-
-Owns: which Hugging Face configurations the format can hold, how a block is built from one, and `ReferenceModel`, the
-model that the C runtime is compared with. Everything is float32; keys and values are rounded to float16 as in the
-runtime's KV cache.
-"""
+"""The supported architectures: which Hugging Face configurations the format can hold, and how a block is built."""
 
 from __future__ import annotations
 
@@ -15,22 +10,17 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from mobiquant.checkpoint import (
     BLOCK_NORMS,
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
     LINEARS,
-    ROTARY_FREQUENCIES,
     ROUTER_POINTS,
     block_name,
-    open_checkpoint,
 )
-from mobiquant.linear import Precision, RoutedLinear, SliceEmbedding, SliceLinear
-from mobiquant.packing import SLICE_BITS, SLICE_COUNT, groups_of
+from mobiquant.linear import Precision, RoutedLinear
+from mobiquant.packing import groups_of
 from mobiquant.router import RESIDUALS, Router
 from mobiquant.slices import SlicedWeight
 
@@ -58,7 +48,6 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 # Rotary types whose frequencies are fixed by the configuration alone, with no scaling of the attention.
 _STATIC_ROPE = ("default", "linear", "llama3")
-_REFERENCE_ATTENTION = "mobiquant_reference"
 
 
 def parse_config(content: dict[str, object], where: Path | str) -> PreTrainedConfig:
@@ -141,7 +130,7 @@ def load_block(
     """Block `index` of a checkpoint. read: (name, dtype, shape) -> array, raising when the tensor has another form."""
     block = empty_block(config, index)
     shapes = linear_shapes(config)
-    slices = {name: _load_slices(read, block_name(index, name), *shapes[name]) for name in LINEARS}
+    slices = {name: load_slices(read, block_name(index, name), *shapes[name]) for name in LINEARS}
     routers = {}
     for point, names in ROUTER_POINTS.items():
         prefix = block_name(index, f"router_{point}.")
@@ -162,83 +151,8 @@ def load_block(
     return block.eval()
 
 
-class ReferenceModel(nn.Module):
-    """A calibrated checkpoint in torch, float32: token ids [batch, tokens] -> logits [batch, tokens, vocab].
-
-    Starts at full depth. No KV cache: every call sees whole sequences.
-    """
-
-    def __init__(self, model: nn.Module, precision: Precision, default_output_depth: int):
-        super().__init__()
-        self.model = model
-        self.config = model.config
-        self._precision = precision
-        self._default_output_depth = default_output_depth
-        self._weights = torch.tensor([rows * columns for rows, columns in linear_shapes(model.config).values()])
-
-    def set_depth(self, depth: int) -> None:
-        """One depth, 1..4, for every token and routed linear."""
-        if depth not in range(1, SLICE_COUNT + 1):
-            raise ValueError(f"depth: expected 1..{SLICE_COUNT}, found {depth}")
-        self._precision.depth = depth
-
-    def set_average_bits(self, bits: float) -> None:
-        """Routed: average bits per routed weight, 2..8."""
-        if not SLICE_BITS <= bits <= SLICE_BITS * SLICE_COUNT:
-            raise ValueError(f"average bits: expected {SLICE_BITS}..{SLICE_BITS * SLICE_COUNT}, found {bits}")
-        self._precision.depth, self._precision.average_bits = None, float(bits)
-
-    def set_output_depth(self, depth: int) -> None:
-        """Depth of the output head, 1..4; 0: the checkpoint's default."""
-        if depth not in range(SLICE_COUNT + 1):
-            raise ValueError(f"output depth: expected 0..{SLICE_COUNT}, found {depth}")
-        self.model.lm_head.depth = depth or self._default_output_depth
-
-    @property
-    def depths(self) -> Tensor:
-        """Depths read by the last call: uint8 [batch·tokens, blocks, 7], linears in the order of LINEARS."""
-        recorded = self._precision.recorded
-        blocks = range(self.config.num_hidden_layers)
-        return torch.stack([torch.stack([recorded[b, i] for i in range(len(LINEARS))], 1) for b in blocks], 1)
-
-    @property
-    def bits_read(self) -> float:
-        """Average bits per routed weight of the last call."""
-        per_token = (self.depths.cpu() * self._weights).sum((1, 2)) * SLICE_BITS
-        return float(per_token.double().mean() / (self._weights.sum() * self.config.num_hidden_layers))
-
-    @torch.no_grad()
-    def forward(self, token_ids: Tensor) -> Tensor:
-        return self.model(input_ids=token_ids, use_cache=False).logits
-
-
-def open_reference(path: Path | str, device: str = "cpu") -> ReferenceModel:
-    """Open a checkpoint folder as the reference model. Raises CheckpointError or UnsupportedModelError."""
-    checkpoint = open_checkpoint(path)
-    config = parse_config(checkpoint.config, checkpoint.path)
-    config._attn_implementation = _REFERENCE_ATTENTION
-    config.dtype = torch.float32
-    quantization = checkpoint.quantization
-    precision = Precision(quantization.router.budgets)
-    with torch.device("meta"):
-        model = ARCHITECTURES[config.model_type].causal_lm(config)
-    read = checkpoint.tensor
-    for index in range(config.num_hidden_layers):
-        model.model.layers[index] = load_block(read, config, index, quantization.router.hidden_size, precision)
-    table = _load_slices(read, EMBEDDING, config.vocab_size, config.hidden_size)
-    model.model.embed_tokens = SliceEmbedding(table, quantization.embedding_depth)
-    if not config.tie_word_embeddings:
-        table = _load_slices(read, HEAD, config.vocab_size, config.hidden_size)
-    model.lm_head = SliceLinear(table, quantization.output_depth)
-    norm = _torch(read(FINAL_NORM, np.float32, (config.hidden_size,)))
-    model.model.norm.weight = nn.Parameter(norm, requires_grad=False)
-    frequencies = _torch(read(ROTARY_FREQUENCIES, np.float32, (config.head_dim // 2,)))
-    model.model.rotary_emb.register_buffer("inv_freq", frequencies, persistent=False)
-    model.model.rotary_emb.register_buffer("original_inv_freq", frequencies.clone(), persistent=False)
-    return ReferenceModel(model.eval().to(device), precision, quantization.output_depth)
-
-
-def _load_slices(read: ReadTensor, name: str, rows: int, columns: int) -> SlicedWeight:
+def load_slices(read: ReadTensor, name: str, rows: int, columns: int) -> SlicedWeight:
+    """A sliced matrix of a checkpoint by its module's name."""
     groups = groups_of(columns)
     return SlicedWeight(
         codes=_torch(read(f"{name}.codes", np.uint8, (rows, columns))),
@@ -249,23 +163,3 @@ def _load_slices(read: ReadTensor, name: str, rows: int, columns: int) -> Sliced
 
 def _torch(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array)
-
-
-def _reference_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **_: object
-) -> tuple[Tensor, None]:
-    """Causal attention, float32, on keys (after RoPE) and values rounded to float16.
-
-    query: [batch, heads, tokens, head_dim]; key, value: [batch, kv heads, tokens, head_dim].
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.to(torch.float16).float().repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    weights = torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
-    return (weights @ value).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(_REFERENCE_ATTENTION, _reference_attention)
-# The function above is causal by itself: no mask is made.
-AttentionMaskInterface.register(_REFERENCE_ATTENTION, lambda *_, **__: None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mobiquant.activations import Activations
+from mobiquant.arithmetic import fma
 from mobiquant.config import MAX_ROUTER_HIDDEN
 from mobiquant.packing import GROUP_SIZE, SLICE_BITS, SLICE_COUNT, TILE_BYTES, TILE_ROWS, groups_of, tiles_of
 
@@ -50,14 +51,18 @@ class Router(nn.Module):
         self.register_buffer("_hidden_groups", hidden.unflatten(1, (-1, GROUP_SIZE)), persistent=False)
 
     def scores(self, x: Activations) -> Tensor:
-        """float32 [tokens, L, 3]. Integer sums are exact inside a group; groups are added in ascending order."""
+        """float32 [tokens, L, 3], the runtime's bits: integer sums are exact inside a group, groups and features are
+        added in ascending order."""
         total = torch.zeros(len(x.codes), len(self.hidden), device=x.codes.device)
         for group in range(x.codes.shape[1]):
-            total += x.scales[:, group, None] * (x.codes[:, group] @ self._hidden_groups[:, group].T)
+            total = fma(x.scales[:, group, None], x.codes[:, group] @ self._hidden_groups[:, group].T, total)
         rms = x.root_mean_square()[:, None]
-        hidden = torch.relu(self.hidden_scale * total / rms + self.hidden_bias)
-        features = torch.cat((hidden, torch.log2(rms)), dim=1)
-        return torch.einsum("th,leh->tle", features, self.head) + self.head_bias
+        hidden = torch.relu(total * self.hidden_scale / rms + self.hidden_bias)
+        features = torch.cat((hidden, rms.double().log2().float()), dim=1)
+        scores = torch.zeros(len(features), *self.head_bias.shape, device=features.device)
+        for feature, weight in zip(features.unbind(1), self.head.unbind(-1), strict=True):
+            scores = scores + feature[:, None, None] * weight
+        return scores + self.head_bias
 
     def depths(self, x: Activations, average_bits: float, budgets: Sequence[float]) -> Tensor:
         """Depth of every token in every linear at `average_bits`: uint8 [tokens, L], 1..4."""
@@ -69,10 +74,11 @@ class Router(nn.Module):
 
 
 def interpolate_threshold(threshold: Tensor, average_bits: float, budgets: Sequence[float]) -> Tensor:
-    """[L, 3, P] -> [L, 3] at a target strictly between the first and the last budget, linear between neighbours."""
-    above = int(np.searchsorted(np.asarray(budgets), average_bits, side="right"))
-    low, high = budgets[above - 1], budgets[above]
-    part = (average_bits - low) / (high - low)
+    """[L, 3, P] -> [L, 3] at a target strictly between the first and the last budget, linear between neighbours, in
+    float32 as in the runtime."""
+    table, target = np.asarray(budgets, np.float32), np.float32(average_bits)
+    above = int(np.searchsorted(table, target))
+    part = float((target - table[above - 1]) / (table[above] - table[above - 1]))
     return threshold[..., above - 1] + part * (threshold[..., above] - threshold[..., above - 1])
 
 

@@ -34,7 +34,7 @@ void mq_router_depths(const mq_router *router, const mq_hparams *hparams, const 
         const float v = hidden[h] * router->hidden_scale[h] / rms + router->hidden_bias[h];
         features[h] = v > 0.0f ? v : 0.0f;
     }
-    features[n_hidden] = log2f(rms);
+    features[n_hidden] = (float)log2((double)rms); /* rounded once: float versions differ between C libraries */
     for (size_t l = 0; l < router->linears; l++) {
         uint32_t depth = 1;
         while (depth < max_depth) { /* slice e is read only when slice e − 1 is */
