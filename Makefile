@@ -6,8 +6,6 @@
 
 PYTHON ?= python3
 CC ?= cc
-# CPU builds of torch: taken when this index answers, else PyPI's torch of the same version.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -62,6 +60,5 @@ $(NATIVE): $(C_SOURCES) $(C_HEADERS) runtime/_build.py $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-deps --retries 1 -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt 'setuptools>=77' -e '.[test]'
 	@touch $@

@@ -86,6 +86,7 @@ def _add_perplexity(subparsers: argparse._SubParsersAction) -> None:
     precision.add_argument("--avg-bits", type=float, metavar="A", help="routed: average bits per weight, 2 to 8")
     parser.add_argument("--rule", choices=RULES, default=RULES[0], help="which tokens are scored (%(default)s)")
     parser.add_argument("--windows", type=int, metavar="N", help="score the first N windows only")
+    parser.add_argument("-c", "--ctx-size", type=int, metavar="N", help="tokens of a window (default: the rule's)")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="full-precision folder: adds kld and top1")
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="(%(default)s)")
     parser.set_defaults(func=_perplexity)
@@ -120,6 +121,8 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _perplexity(args: argparse.Namespace) -> int:
     if args.windows is not None and args.windows < 1:
         raise ValueError(f"--windows: expected at least 1, found {args.windows}")
+    if args.ctx_size is not None and args.ctx_size < 4:
+        raise ValueError(f"--ctx-size: expected at least 4, found {args.ctx_size}")
     if not args.model.is_dir():
         from runtime.cli import perplexity
 
@@ -128,7 +131,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     from mobiquant.evaluate import Evaluation, evaluate
 
     depth = args.bits // SLICE_BITS if args.bits else None
-    evaluation = Evaluation(args.rule, depth, args.avg_bits, args.windows)
+    evaluation = Evaluation(args.rule, depth, args.avg_bits, args.windows, args.ctx_size)
     result = evaluate(args.model, read_text(args.file), evaluation, args.reference)
     print(format_result(result, args.output))
     return 0

@@ -30,7 +30,7 @@ def default_budgets() -> tuple[float, ...]:
 class CalibrationSettings:
     """Everything that decides the numbers of a calibration, apart from the model and the text.
 
-    samples: token windows for training; seq_len: tokens per window, None means the model's context, at most 2048;
+    samples: token windows for training, one for each depth at least; seq_len: tokens per window, None means the model's context, at most 2048;
     batch: windows per step; clip_lr, router_lr: AdamW step sizes; lambda_bits: weight of (average bits - target)²
     in the routed loss; device: where the current block lives.
     """
@@ -48,7 +48,7 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         _expect_types(self, "settings")
-        for name, lowest in (("samples", 1), ("epochs", 1), ("batch", 1), ("seed", 0)):
+        for name, lowest in (("samples", SLICE_COUNT), ("epochs", 1), ("batch", 1), ("seed", 0)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name}: expected at least {lowest}, found {getattr(self, name)}")
         if self.seq_len is not None and self.seq_len < 2:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mobiquant.checkpoint import is_checkpoint
 from mobiquant.reference import ReferenceModel, open_reference
-from mobiquant.scoring import Score, clean_text, make_windows
+from mobiquant.scoring import Score, clean_text, default_window, make_windows
 from mobiquant.source import load_tokenizer, open_source
 
 _FULL_PRECISION_BITS = 32.0
@@ -30,6 +30,7 @@ class Evaluation:
     depth: int | None = None
     average_bits: float | None = None
     windows: int | None = None
+    context: int | None = None
 
 
 def evaluate(
@@ -48,7 +49,7 @@ def evaluate(
     exact = None if reference is None else reference_logits(reference)
     score, bits, scored = Score(), 0.0, 0
     ids = load_tokenizer(Path(model)).encode(clean_text(text), add_special_tokens=False).ids
-    context = opened.config.max_position_embeddings
+    context = evaluation.context or default_window(evaluation.rule, opened.config.max_position_embeddings)
     windows = make_windows(ids, evaluation.rule, context, opened.config.bos_token_id)[: evaluation.windows]
     for window in tqdm(windows, desc="perplexity", unit="window"):
         logits = logits_of(opened, window.tokens)[window.first_scored - 1 : -1]

@@ -1,8 +1,8 @@
 """The plane layout `tile16x128`: 2-bit codes to bytes and back (docs/format.md, numpy only).
 
 This file is the one definition of how a slice lies in memory. The C kernels read the same bytes, with no repacking.
-Four neighbouring bytes hold four columns of one row, the operand of vpdpbusd, maddubs and sdot; the four 2-bit fields of
-a byte are 4 columns apart, so a masked vector is already in the order of the activations.
+Four neighbouring bytes hold four columns of one row, the operand of vpdpbusd, maddubs and sdot; the four 2-bit fields
+of a byte are 4 columns apart, so a masked vector is already in the order of the activations.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def unpack_plane(plane: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def pack_scale_offset(scales: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Interleave scales and offsets, float16 [rows, groups] each, to float16 [tiles, groups, 2, 16]; padded rows are 0."""
+    """Interleave scales and offsets, float16 [rows, groups] each, to float16 [tiles, groups, 2, 16]; padding is 0."""
     if scales.shape != offsets.shape:
         raise ValueError(f"offsets: expected shape {scales.shape}, found {offsets.shape}")
     rows, groups = scales.shape

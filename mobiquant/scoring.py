@@ -12,6 +12,7 @@ import numpy as np
 
 RULES = ("all", "llama.cpp")
 SEPARATOR = "<|endoftext|>"
+_LLAMA_CPP_WINDOW = 1024  # the window of published figures under that rule
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Window:
 def clean_text(text: str) -> str:
     """The text without the lines that separate documents, as every scoring rule wants it."""
     return text.replace(f"\n{SEPARATOR}\n", "\n\n").removesuffix(f"\n{SEPARATOR}")
+
+
+def default_window(rule: str, context: int) -> int:
+    """Tokens of a window when none is asked for: the model's context; under "llama.cpp" 1,024 at most."""
+    return min(context, _LLAMA_CPP_WINDOW) if rule == "llama.cpp" else context
 
 
 def make_windows(token_ids: Sequence[int] | np.ndarray, rule: str, context: int, bos: int) -> list[Window]:

@@ -169,9 +169,14 @@ def perplexity(args: argparse.Namespace) -> int:
 
     text = read_text(args.file)
     with Model(args.model, bits=args.bits, avg_bits=args.avg_bits) as model:
-        reference = _reference_logits(args.reference) if args.reference else None
         score = score_text(
-            model, text, rule=args.rule, n_windows=args.windows, reference=reference, on_window=_progress_line()
+            model,
+            text,
+            rule=args.rule,
+            context=args.ctx_size,
+            n_windows=args.windows,
+            reference=_reference_logits(args.reference) if args.reference else None,
+            on_window=_progress_line(),
         )
         result = score.to_dict(model.stats.average_bits)
     print(format_result(result if args.bits is None else result | {"bits": args.bits}, args.output))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mobiquant.scoring import Score, clean_text, make_windows
+from mobiquant.scoring import Score, clean_text, default_window, make_windows
 from runtime.model import Model
 
 _PIECE = 512  # tokens whose logits are held at once: with 128 k tokens of vocabulary 256 MB
@@ -19,13 +19,14 @@ def score_text(
     text: str,
     *,
     rule: str = "all",
+    context: int | None = None,
     n_windows: int | None = None,
     reference: ReferenceLogits | None = None,
     on_window: Callable[[int, int, Score], None] | None = None,
 ) -> Score:
-    """Score `text` at the model's present precision, in windows of its `n_ctx` tokens.
+    """Score `text` at the model's present precision.
 
-    rule: "all" or "llama.cpp". n_windows: only the first so many. reference: full-precision logits, float32 [n, vocab],
+    rule: "all" or "llama.cpp". context: tokens of a window, None for the rule's default. n_windows: only the first so many. reference: full-precision logits, float32 [n, vocab],
     of one window of int32 [n] tokens. on_window: called with windows done, windows in all, and the score so far.
     Raises ValueError for a text too short, a model without begin-of-text token, or logits that are not finite.
     """
@@ -33,7 +34,7 @@ def score_text(
     if tokenizer.bos is None:
         raise ValueError(f"{model.path}: begin-of-text token: expected one for scoring, found none")
     ids = tokenizer.encode(clean_text(text), add_bos=False)
-    windows = make_windows(ids, rule, model.n_ctx, tokenizer.bos)[:n_windows]
+    windows = make_windows(ids, rule, context or default_window(rule, model.n_ctx), tokenizer.bos)[:n_windows]
     score = Score()
     for done, window in enumerate(windows, start=1):
         model.reset()

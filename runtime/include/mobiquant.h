@@ -54,7 +54,7 @@ typedef struct mq_model_info {
     uint64_t expected_bytes; /* bytes of the complete file */
     uint64_t slice_bytes[4]; /* planes of slice e of the routed linears */
     uint64_t scale_bytes;    /* scales and offsets of the routed linears */
-    uint64_t router_bytes;
+    uint64_t router_bytes;   /* read for a routed token: hidden layers and heads */
     uint64_t embedding_bytes, output_bytes; /* at all 4 depths; output_bytes is 0 when tied */
     uint64_t routed_weights; /* weights of the routed linears, padding not counted */
 } mq_model_info;

@@ -95,7 +95,7 @@ static void run_point(pass *p, size_t point, const float *source, size_t stride,
         count_linear(s, matrix, &jobs[i]);
     }
     if (s->fixed_depth == 0) {
-        s->stats.bytes_read += (uint64_t)p->n * hp->router_hidden * p->router->groups * MQ_GROUP_SIZE;
+        s->stats.bytes_read += (uint64_t)p->n * mq_router_bytes(p->router, hp);
     }
     mq_linear_run(s->kernels, s->pool, &s->batch.activations, jobs, p->router->linears);
 }

@@ -3,6 +3,7 @@
 
 #include "error.h"
 #include "memory.h"
+#include "router.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -213,10 +214,7 @@ static void fill_info(mq_model *model)
             info->routed_weights += (uint64_t)m->rows * m->columns;
         }
         for (size_t j = 0; j < MQ_ROUTERS; j++) {
-            const mq_router *router = &block->router[j];
-            const size_t gates = (size_t)router->linears * (MQ_SLICE_COUNT - 1);
-            info->router_bytes += (size_t)hp->router_hidden * router->groups * MQ_GROUP_SIZE
-                                  + sizeof(float) * (2u * hp->router_hidden + gates * (hp->router_hidden + 2u + hp->budget_count));
+            info->router_bytes += mq_router_bytes(&block->router[j], hp);
         }
     }
 }

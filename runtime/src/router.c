@@ -24,6 +24,12 @@ void mq_router_thresholds(const mq_router *router, const mq_hparams *hparams, fl
     }
 }
 
+size_t mq_router_bytes(const mq_router *router, const mq_hparams *hparams)
+{
+    const size_t n_hidden = hparams->router_hidden, gates = (size_t)router->linears * MQ_GATES;
+    return n_hidden * router->groups * MQ_GROUP_SIZE + sizeof(float) * (2 * n_hidden + gates * (n_hidden + 2));
+}
+
 void mq_router_depths(const mq_router *router, const mq_hparams *hparams, const float *thresholds, const float *hidden,
                       float squares, uint32_t max_depth, uint8_t *depths)
 {

@@ -10,6 +10,9 @@ enum { MQ_GATES = MQ_SLICE_COUNT - 1 };
  * and more −inf, so that those budgets are exact. */
 void mq_router_thresholds(const mq_router *router, const mq_hparams *hparams, float average_bits, float *thresholds);
 
+/* Bytes of the file that routing one token reads: hidden layer and heads (thresholds are read when the budget is set). */
+size_t mq_router_bytes(const mq_router *router, const mq_hparams *hparams);
+
 /* Depths of one token: hidden [router_hidden] from the kernel of that name, squares from `quantize`. depths [linears],
  * at most max_depth. */
 void mq_router_depths(const mq_router *router, const mq_hparams *hparams, const float *thresholds, const float *hidden,

@@ -1,0 +1,49 @@
+"""The C runtime and the torch reference agree bit for bit: logits, router decisions, greedy tokens.
+
+The bundled model runs here after a short calibration; `tests/benchmarks/parity.py` does the same for any other model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+from benchmarks.parity import BUDGETS, compare  # noqa: E402
+
+from export.to_gguf import export_checkpoint  # noqa: E402
+from mobiquant.calibrate import calibrate  # noqa: E402
+from mobiquant.config import CalibrationSettings  # noqa: E402
+from mobiquant.scoring import make_windows  # noqa: E402
+from mobiquant.source import open_source  # noqa: E402
+
+DEMO = Path(__file__).parents[1] / "mobiquant" / "demo"
+
+
+def check(checkpoint: Path, file: Path, windows: list[np.ndarray], greedy: int, budgets) -> None:
+    for result in compare(checkpoint, file, windows, greedy, budgets):
+        assert result.kld == 0.0, result
+        assert result.unequal == 0, result
+        assert result.greedy_equal == result.greedy == greedy, result
+
+
+def test_a_model_of_odd_sizes_gives_the_reference_bits_at_every_budget(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    export_checkpoint(tiny_checkpoint, file)
+    random = np.random.default_rng(3)
+    windows = [random.integers(2, 320, 60).astype(np.int32) for _ in range(2)]
+    check(tiny_checkpoint, file, windows, 50, BUDGETS)
+
+
+def test_the_bundled_model_gives_the_reference_bits(tmp_path: Path) -> None:
+    source = open_source(str(DEMO / "tale-6m"))
+    text = (DEMO / "calibration.txt").read_text(encoding="utf-8")
+    settings = CalibrationSettings(samples=4, epochs=1, batch=1, seq_len=128, device="cpu")
+    calibrate(source, tmp_path / "checkpoint", text, settings)
+    file = tmp_path / "tale-6m.gguf"
+    export_checkpoint(tmp_path / "checkpoint", file)
+    ids = source.tokenizer().encode((DEMO / "heldout.txt").read_text(encoding="utf-8")[:4000]).ids
+    windows = [window.tokens for window in make_windows(ids, "all", 200, 0)[:2]]
+    check(tmp_path / "checkpoint", file, windows, 200, (2, 8, 3.0, 5.0))
