@@ -30,7 +30,8 @@ def default_budgets() -> tuple[float, ...]:
 class CalibrationSettings:
     """Everything that decides the numbers of a calibration, apart from the model and the text.
 
-    samples: token windows for training, one for each depth at least; seq_len: tokens per window, None means the model's context, at most 2048;
+    samples: token windows for training, one for each depth at least;
+    seq_len: tokens per window, None means the model's context, at most 2048;
     batch: windows per step; clip_lr, router_lr: AdamW step sizes; lambda_bits: weight of (average bits - target)²
     in the routed loss; device: where the current block lives.
     """

@@ -26,7 +26,8 @@ def score_text(
 ) -> Score:
     """Score `text` at the model's present precision.
 
-    rule: "all" or "llama.cpp". context: tokens of a window, None for the rule's default. n_windows: only the first so many. reference: full-precision logits, float32 [n, vocab],
+    rule: "all" or "llama.cpp". context: tokens of a window, None for the rule's default.
+    n_windows: only the first so many. reference: full-precision logits, float32 [n, vocab],
     of one window of int32 [n] tokens. on_window: called with windows done, windows in all, and the score so far.
     Raises ValueError for a text too short, a model without begin-of-text token, or logits that are not finite.
     """

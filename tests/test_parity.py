@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-from benchmarks.parity import BUDGETS, compare  # noqa: E402
+from benchmarks.parity import BUDGETS, compare
 
-from export.to_gguf import export_checkpoint  # noqa: E402
-from mobiquant.calibrate import calibrate  # noqa: E402
-from mobiquant.config import CalibrationSettings  # noqa: E402
-from mobiquant.scoring import make_windows  # noqa: E402
-from mobiquant.source import open_source  # noqa: E402
+from export.to_gguf import export_checkpoint
+from mobiquant.calibrate import calibrate
+from mobiquant.config import CalibrationSettings
+from mobiquant.scoring import make_windows
+from mobiquant.source import open_source
 
 DEMO = Path(__file__).parents[1] / "mobiquant" / "demo"
 
