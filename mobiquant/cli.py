@@ -87,6 +87,7 @@ def _add_perplexity(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--rule", choices=RULES, default=RULES[0], help="which tokens are scored (%(default)s)")
     parser.add_argument("--windows", type=int, metavar="N", help="score the first N windows only")
     parser.add_argument("-c", "--ctx-size", type=int, metavar="N", help="tokens of a window (default: the rule's)")
+    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: one per physical core)")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="full-precision folder: adds kld and top1")
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="(%(default)s)")
     parser.set_defaults(func=_perplexity)
@@ -123,12 +124,19 @@ def _perplexity(args: argparse.Namespace) -> int:
         raise ValueError(f"--windows: expected at least 1, found {args.windows}")
     if args.ctx_size is not None and args.ctx_size < 4:
         raise ValueError(f"--ctx-size: expected at least 4, found {args.ctx_size}")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads: expected at least 1, found {args.threads}")
     if not args.model.is_dir():
         from runtime.cli import perplexity
 
         return perplexity(args)
     _prepare_torch()
+    import torch
+
     from mobiquant.evaluate import Evaluation, evaluate
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
 
     depth = args.bits // SLICE_BITS if args.bits else None
     evaluation = Evaluation(args.rule, depth, args.avg_bits, args.windows, args.ctx_size)

@@ -13,7 +13,7 @@ from pathlib import Path
 from cffi import FFI
 
 ROOT = Path(__file__).parent
-HEADERS = (ROOT / "include" / "mobiquant.h", ROOT / "src" / "kernels.h")
+HEADERS = (ROOT / "include" / "mobiquant.h", ROOT / "src" / "kernels.h", ROOT / "src" / "measure.h")
 
 # No contraction: a fused multiply-add appears only where the source writes one, so every kernel gives the same bits.
 COMPILE_FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]

@@ -168,7 +168,7 @@ def perplexity(args: argparse.Namespace) -> int:
     from runtime.perplexity import score_text
 
     text = read_text(args.file)
-    with Model(args.model, bits=args.bits, avg_bits=args.avg_bits) as model:
+    with Model(args.model, n_threads=args.threads, bits=args.bits, avg_bits=args.avg_bits) as model:
         score = score_text(
             model,
             text,
