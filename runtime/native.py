@@ -174,6 +174,11 @@ class NativeSession:
         return _text(lib.mq_session_kernel(self._handle))
 
     @property
+    def vocab_size(self) -> int:
+        """Length of one token's logits."""
+        return self._model.info().vocab_size
+
+    @property
     def position(self) -> int:
         """Number of tokens in the cache."""
         return lib.mq_session_position(self._handle)
@@ -231,6 +236,23 @@ class NativeSession:
         buffer = ffi.from_buffer("uint8_t[]", depths, require_writable=True)
         _check(lib.mq_session_depths(self._handle, first, n, buffer, error), error)
         return depths
+
+
+def measure_read(n_threads: int, size: int, repeats: int) -> list[float]:
+    """Seconds of each pass in which `n_threads` read `size` bytes of memory once."""
+    seconds, error = ffi.new("double[]", repeats), ffi.new("mq_error *")
+    _check(lib.mq_measure_read(n_threads, size, repeats, seconds, error), error)
+    return list(seconds)
+
+
+def measure_matvec(
+    kernel: str | None, rows: int, columns: int, depth: int, n_threads: int, repeats: int
+) -> tuple[list[float], int, str]:
+    """Seconds per mat-vec of weights from memory in each pass, the bytes one reads, and the kernel's name."""
+    seconds, size, error = ffi.new("double[]", repeats), ffi.new("size_t *"), ffi.new("mq_error *")
+    name = ffi.NULL if kernel is None else ffi.new("char[]", kernel.encode())
+    _check(lib.mq_measure_matvec(name, rows, columns, depth, n_threads, repeats, seconds, size, error), error)
+    return list(seconds), size[0], _text(lib.mq_kernels_find(name).name)
 
 
 def _text(value: Any) -> str:

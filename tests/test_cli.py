@@ -197,3 +197,24 @@ def test_reader_that_leaves_early_is_no_error(path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_bench_measures_every_case_and_names_its_figures_like_llama_bench(
+    capfd: pytest.CaptureFixture[str], path: Path
+) -> None:
+    options = ("-p", 16, "-n", 4, "-t", "1,2", "-r", 2, "--bits", "2,8", "--avg-bits", 3, "-o", "json")
+    status, out, _ = run(capfd, "bench", "-m", path, *options)
+    rows = json.loads(out)
+    assert status == 0
+    cases = {(row["n_threads"], row["bits"], row["test"]) for row in rows}
+    assert cases == {(t, bits, test) for t in (1, 2) for bits in ("2", "8", "3 avg") for test in ("pp16", "tg4")}
+    for row in rows:
+        assert len(row["samples_ts"]) == 2 and 0 < row["avg_ts"] <= row["best_ts"] == max(row["samples_ts"])
+        assert (row["gb_per_s"] is None) == (row["n_gen"] == 0)
+    read = {row["bits"]: row["bytes_per_token"] for row in rows if row["n_gen"]}
+    assert read["2"] < read["3 avg"] < read["8"]
+
+
+def test_bench_refuses_a_bad_budget_or_count(capfd: pytest.CaptureFixture[str], path: Path) -> None:
+    expect_error(capfd, "bits: expected one of 2, 4, 6, 8, found 3", "bench", "-m", path, "--bits", 3)
+    expect_error(capfd, "--repetitions: expected at least 1, found 0", "bench", "-m", path, "-r", 0)

@@ -1,0 +1,188 @@
+"""`mobiquant bench`: speed of a file in llama-bench's form, and of single linears, beside the machine's bandwidth.
+
+Cases are interleaved: every repetition measures the bandwidth and then each case once, so that a machine whose speed
+drifts is unfair to none of them. Quote the median or the best; contention only slows a run.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from runtime.budget import Budget
+from runtime.native import NativeModel, NativeSession, measure_matvec, measure_read
+
+READ_BYTES = 400_000_000
+LINEAR_SHAPES = ((4096, 4096), (14336, 4096))  # of an 8B model
+_BATCH = 512
+
+
+@dataclass
+class Row:
+    """One case and its samples. Names shared with llama-bench's JSON mean the same; speeds are tokens per second.
+
+    bytes_per_token, gb_per_s, percent_of_bandwidth: of generation only; a prompt reads weights once for many tokens.
+    """
+
+    model: str
+    size: int
+    backend: str
+    kernel: str
+    n_threads: int
+    bits: str
+    n_prompt: int
+    n_gen: int
+    samples_ts: list[float] = field(default_factory=list)
+    bandwidths: list[float] = field(default_factory=list)  # GB/s, one beside each sample
+    bytes_per_token: float = 0.0
+
+    @property
+    def test(self) -> str:
+        return f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.bytes_per_token * max(self.samples_ts) / 1e9
+
+    def to_dict(self) -> dict[str, object]:
+        """The row for JSON and CSV."""
+        spread = statistics.stdev(self.samples_ts) if len(self.samples_ts) > 1 else 0.0
+        generation = {
+            "bytes_per_token": round(self.bytes_per_token),
+            "gb_per_s": self.gb_per_s,
+            "percent_of_bandwidth": 100 * self.gb_per_s / max(self.bandwidths),
+        }
+        return {
+            **{key: value for key, value in asdict(self).items() if key not in ("bandwidths", "bytes_per_token")},
+            "test": self.test,
+            "avg_ts": statistics.mean(self.samples_ts),
+            "median_ts": statistics.median(self.samples_ts),
+            "stddev_ts": spread,
+            "best_ts": max(self.samples_ts),
+            **(generation if self.n_gen else dict.fromkeys(generation)),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `bench` measures: every combination. output_bits: of the head; None: as the budget, the file's if routed."""
+
+    prompts: Sequence[int]
+    generations: Sequence[int]
+    threads: Sequence[int]
+    budgets: Sequence[Budget]
+    output_bits: int | None
+    repetitions: int
+    kernel: str | None
+
+
+def bench_file(path: Path, plan: Plan, progress: Callable[[str], None]) -> list[Row]:
+    """Measure a file. Raises MobiQuantError for a bad file or option."""
+    model = NativeModel(path, allow_partial=False, mmap=True)
+    context = min(model.info().context_length, max(*plan.prompts, *plan.generations, 1))
+    sessions = {
+        threads: NativeSession(model, n_ctx=context, n_threads=threads, n_batch=_BATCH, kernel=plan.kernel)
+        for threads in plan.threads
+    }
+    size = model.info().file_bytes
+    cases: list[tuple[Row, Budget]] = []
+    for threads, session in sessions.items():
+        for budget in plan.budgets:
+            name = f"{budget.bits:g}{' avg' if budget.routed else ''}"
+            for pair in [(n, 0) for n in plan.prompts if n] + [(0, n) for n in plan.generations if n]:
+                cases.append((Row(path.stem, size, "CPU", session.kernel, threads, name, *pair), budget))
+    for repetition in range(plan.repetitions + 1):
+        read = {threads: READ_BYTES / min(measure_read(threads, READ_BYTES, 3)) / 1e9 for threads in plan.threads}
+        for row, budget in cases:
+            progress(f"{repetition}/{plan.repetitions} {row.test} {row.bits} bits, {row.n_threads} threads")
+            speed = _run(sessions[row.n_threads], row, budget, plan.output_bits)
+            if repetition:  # the first round warms up pages, clocks and caches
+                row.samples_ts.append(speed)
+                row.bandwidths.append(read[row.n_threads])
+    return [row for row, _ in cases]
+
+
+def _run(session: NativeSession, row: Row, budget: Budget, output_bits: int | None) -> float:
+    """Tokens per second of one run from an empty cache; notes the bytes read per token."""
+    if budget.routed:
+        session.set_average_bits(budget.bits)
+    else:
+        session.set_depth(budget.depth)
+    default = 0 if budget.routed else budget.depth
+    session.set_output_depth(default if output_bits is None else output_bits // 2)
+    session.rewind(0)
+    tokens = np.random.default_rng(0).integers(0, 256, max(row.n_prompt, row.n_gen)).astype(np.int32)
+    logits = np.empty((1, session.vocab_size), np.float32)
+    before, start = session.stats, time.perf_counter()
+    if row.n_prompt:
+        session.eval(tokens, logits)
+    else:
+        for token in range(row.n_gen):
+            session.eval(tokens[token : token + 1], logits)
+    elapsed = time.perf_counter() - start
+    row.bytes_per_token = (session.stats - before).bytes_per_token
+    return len(tokens) / elapsed
+
+
+def format_rows(rows: Sequence[Row], output: str) -> str:
+    """output: "md" as llama-bench prints it, "csv" or "json"."""
+    content = [row.to_dict() for row in rows]
+    if output == "json":
+        return json.dumps(content, indent=2)
+    if output == "csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [key for key in content[0] if key != "samples_ts"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(content)
+        return text.getvalue().rstrip("\n")
+    heads = [
+        "model",
+        "size",
+        "backend",
+        "kernel",
+        "threads",
+        "bits",
+        "test",
+        "t/s",
+        "best",
+        "MB/token",
+        "GB/s",
+        "% of read",
+    ]
+    table = [heads, ["---"] * len(heads)]
+    for row, values in zip(rows, content, strict=True):
+        figures = [f"{values['avg_ts']:.2f} ± {values['stddev_ts']:.2f}", f"{values['best_ts']:.2f}"]
+        traffic = ["", "", ""]
+        if row.n_gen:
+            percent = values["percent_of_bandwidth"]
+            traffic = [f"{row.bytes_per_token / 1e6:.1f}", f"{row.gb_per_s:.1f}", f"{percent:.0f}"]
+        size = f"{row.size / 2**20:.1f} MiB"
+        names = [row.model, size, row.backend, row.kernel, str(row.n_threads), row.bits, row.test]
+        table.append([*names, *figures, *traffic])
+    return "\n".join("| " + " | ".join(line) + " |" for line in table)
+
+
+def bench_linears(
+    shapes: Sequence[tuple[int, int]], threads: Sequence[int], repetitions: int, kernel: str | None
+) -> str:
+    """Single mat-vecs from memory at every depth: microseconds, GB/s and percent of the read bandwidth, as a table."""
+    heads = ["kernel", "rows x columns", "depth", "threads", "best µs", "median µs", "GB/s", "% of read"]
+    table = [heads, ["---"] * len(heads)]
+    for count in threads:
+        for rows, columns in shapes:
+            for depth in (1, 2, 3, 4):
+                read = READ_BYTES / min(measure_read(count, READ_BYTES, 3)) / 1e9
+                seconds, size, name = measure_matvec(kernel, rows, columns, depth, count, repetitions)
+                speed = size / min(seconds) / 1e9
+                times = [f"{min(seconds) * 1e6:.0f}", f"{statistics.median(seconds) * 1e6:.0f}"]
+                shape = f"{rows} x {columns}"
+                table.append([name, shape, str(depth), str(count), *times, f"{speed:.1f}", f"{100 * speed / read:.0f}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in table)
