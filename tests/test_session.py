@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import TINY
 
 from export.keys import LINEARS
-from export.shape import ModelShape
 from export.to_gguf import export_synthetic
-from mobiquant.config import default_budgets
 from runtime.native import MobiQuantError, NativeModel, NativeSession, kernels
 
-SHAPE = ModelShape(
-    vocab_size=272,
-    context_length=96,
-    embedding_length=256,
-    block_count=3,
-    feed_forward_length=640,
-    head_count=4,
-    head_count_kv=2,
-    head_dim=32,
-    rms_epsilon=1e-5,
-    rope_freq_base=10000.0,
-    tied=True,
-    router_hidden=5,
-    budgets=default_budgets(),
-)
+SHAPE = replace(TINY, embedding_length=256, block_count=3, feed_forward_length=640, router_hidden=5)
 TOKENS = np.random.default_rng(0).integers(0, 256, 90).astype(np.int32)
 BUDGETS = [2, 4, 6, 8, 2.7, 3.5, 5.2]
 

@@ -2,6 +2,7 @@
  * sum is checked; an index is built once, sorted by name. */
 #include "gguf.h"
 
+#include "cursor.h"
 #include "error.h"
 #include "keys.h"
 #include "memory.h"
@@ -11,67 +12,7 @@
 #include <string.h>
 
 /* Limits far above real files: a hostile count fails here, before any allocation. */
-enum { MAX_KEYS = 4096, MAX_TENSORS = 65536, MAX_NAME = 256, MAX_DIMS = 4, MIN_KEY_BYTES = 13, MIN_TENSOR_BYTES = 32 };
-
-typedef struct cursor {
-    const gguf_file *file;
-    size_t offset;
-    mq_error *error;
-} cursor;
-
-static mq_status truncated(const cursor *at, const char *what, uint64_t need)
-{
-    return mq_fail(at->error, MQ_ERR_TRUNCATED, "%s: file ends in its header: %s at byte %zu needs %" PRIu64
-                   " bytes, %zu remain", at->file->path, what, at->offset, need, at->file->size - at->offset);
-}
-
-static mq_status take(cursor *at, uint64_t count, const char *what, const uint8_t **bytes)
-{
-    if (count > at->file->size - at->offset) {
-        return truncated(at, what, count);
-    }
-    *bytes = at->file->data + at->offset;
-    at->offset += (size_t)count;
-    return MQ_OK;
-}
-
-static mq_status take_u32(cursor *at, const char *what, uint32_t *value)
-{
-    const uint8_t *bytes = NULL;
-    const mq_status status = take(at, sizeof *value, what, &bytes);
-    if (status == MQ_OK) {
-        memcpy(value, bytes, sizeof *value);
-    }
-    return status;
-}
-
-static mq_status take_u64(cursor *at, const char *what, uint64_t *value)
-{
-    const uint8_t *bytes = NULL;
-    const mq_status status = take(at, sizeof *value, what, &bytes);
-    if (status == MQ_OK) {
-        memcpy(value, bytes, sizeof *value);
-    }
-    return status;
-}
-
-static mq_status take_name(cursor *at, const char *what, const char **name, size_t *size)
-{
-    uint64_t count = 0;
-    mq_status status = take_u64(at, what, &count);
-    if (status != MQ_OK) {
-        return status;
-    }
-    if (count == 0 || count > MAX_NAME) {
-        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: %s: expected 1 to %d bytes, found %" PRIu64, at->file->path, what,
-                       MAX_NAME, count);
-    }
-    const uint8_t *bytes = NULL;
-    status = take(at, count, what, &bytes);
-    *name = (const char *)bytes;
-    *size = (size_t)count;
-    return status;
-}
+enum { MAX_KEYS = 4096, MAX_TENSORS = 65536, MAX_DIMS = 4, MIN_KEY_BYTES = 13, MIN_TENSOR_BYTES = 32 };
 
 /* Bytes of one value of a fixed-size type; 0 for strings, arrays and unknown types. */
 static size_t value_size(uint32_t type)
@@ -80,37 +21,37 @@ static size_t value_size(uint32_t type)
     return type < sizeof sizes ? sizes[type] : 0;
 }
 
-static mq_status take_string_value(cursor *at, gguf_key *key)
+static mq_status take_string_value(mq_cursor *at, gguf_key *key)
 {
-    mq_status status = take_u64(at, "length of a string value", &key->count);
+    mq_status status = mq_take_u64(at, "length of a string value", &key->count);
     if (status == MQ_OK) {
-        status = take(at, key->count, "string value", &key->value);
+        status = mq_take(at, key->count, "string value", &key->value);
     }
     return status;
 }
 
-static mq_status take_array_value(cursor *at, gguf_key *key)
+static mq_status take_array_value(mq_cursor *at, gguf_key *key)
 {
     key->is_array = 1;
-    mq_status status = take_u32(at, "element type of an array", &key->type);
+    mq_status status = mq_take_u32(at, "element type of an array", &key->type);
     if (status == MQ_OK) {
-        status = take_u64(at, "length of an array", &key->count);
+        status = mq_take_u64(at, "length of an array", &key->count);
     }
     if (status != MQ_OK) {
         return status;
     }
     const size_t size = value_size(key->type);
     if (size != 0) {
-        if (key->count > (at->file->size - at->offset) / size) {
-            return truncated(at, "array value", key->count);
+        if (key->count > (at->size - at->offset) / size) {
+            return mq_truncated(at, "array value", key->count);
         }
-        return take(at, key->count * size, "array value", &key->value);
+        return mq_take(at, key->count * size, "array value", &key->value);
     }
     if (key->type != GGUF_STRING) {
         return mq_fail(at->error, MQ_ERR_FORMAT, "%s: key '%.*s': expected a flat array, found elements of type %" PRIu32,
-                       at->file->path, (int)key->name_size, key->name, key->type);
+                       at->path, (int)key->name.size, key->name.text, key->type);
     }
-    key->value = at->file->data + at->offset;
+    key->value = at->data + at->offset;
     for (uint64_t i = 0; i < key->count; i++) { /* each takes 8 bytes at least, so the file bounds the loop */
         gguf_key element = {0};
         status = take_string_value(at, &element);
@@ -121,11 +62,11 @@ static mq_status take_array_value(cursor *at, gguf_key *key)
     return MQ_OK;
 }
 
-static mq_status take_key(cursor *at, gguf_key *key)
+static mq_status take_key(mq_cursor *at, gguf_key *key)
 {
-    mq_status status = take_name(at, "name of a key", &key->name, &key->name_size);
+    mq_status status = mq_take_name(at, "name of a key", &key->name.text, &key->name.size);
     if (status == MQ_OK) {
-        status = take_u32(at, "type of a key", &key->type);
+        status = mq_take_u32(at, "type of a key", &key->type);
     }
     if (status != MQ_OK) {
         return status;
@@ -140,26 +81,26 @@ static mq_status take_key(cursor *at, gguf_key *key)
     const size_t size = value_size(key->type);
     if (size == 0) {
         return mq_fail(at->error, MQ_ERR_FORMAT, "%s: key '%.*s': expected a value type from 0 to 12, found %" PRIu32,
-                       at->file->path, (int)key->name_size, key->name, key->type);
+                       at->path, (int)key->name.size, key->name.text, key->type);
     }
-    return take(at, size, "value of a key", &key->value);
+    return mq_take(at, size, "value of a key", &key->value);
 }
 
-static mq_status take_tensor(cursor *at, gguf_tensor *tensor, uint64_t *relative_offset)
+static mq_status take_tensor(mq_cursor *at, gguf_tensor *tensor, uint64_t *relative_offset)
 {
-    const char *path = at->file->path;
-    mq_status status = take_name(at, "name of a tensor", &tensor->name, &tensor->name_size);
+    const char *path = at->path;
+    mq_status status = mq_take_name(at, "name of a tensor", &tensor->name.text, &tensor->name.size);
     uint32_t dims = 0;
     if (status == MQ_OK) {
-        status = take_u32(at, "number of dimensions", &dims);
+        status = mq_take_u32(at, "number of dimensions", &dims);
     }
     if (status != MQ_OK) {
         return status;
     }
-    const int name_size = (int)tensor->name_size;
+    const int name_size = (int)tensor->name.size;
     if (dims < 1 || dims > MAX_DIMS) {
         return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': expected 1 to 4 dimensions, found %" PRIu32, path,
-                       name_size, tensor->name, dims);
+                       name_size, tensor->name.text, dims);
     }
     size_t count = 1;
     for (size_t i = 0; i < MAX_DIMS; i++) {
@@ -167,19 +108,19 @@ static mq_status take_tensor(cursor *at, gguf_tensor *tensor, uint64_t *relative
     }
     for (size_t i = 0; i < dims; i++) { /* the file lists the fastest dimension first */
         uint64_t length = 0;
-        status = take_u64(at, "dimension", &length);
+        status = mq_take_u64(at, "dimension", &length);
         if (status != MQ_OK) {
             return status;
         }
         if (length == 0 || length > SIZE_MAX || !mq_mul(count, (size_t)length, &count)) {
             return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': dimension %zu is %" PRIu64
-                           ": the size is zero or wraps", path, name_size, tensor->name, i, length);
+                           ": the size is zero or wraps", path, name_size, tensor->name.text, i, length);
         }
         tensor->shape[MAX_DIMS - 1 - i] = length;
     }
-    status = take_u32(at, "type of a tensor", &tensor->type);
+    status = mq_take_u32(at, "type of a tensor", &tensor->type);
     if (status == MQ_OK) {
-        status = take_u64(at, "offset of a tensor", relative_offset);
+        status = mq_take_u64(at, "offset of a tensor", relative_offset);
     }
     if (status != MQ_OK) {
         return status;
@@ -187,56 +128,60 @@ static mq_status take_tensor(cursor *at, gguf_tensor *tensor, uint64_t *relative
     const size_t width = tensor->type == GGML_F32 ? 4 : tensor->type == GGML_F16 ? 2 : tensor->type == GGML_I8 ? 1 : 0;
     if (width == 0) {
         return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': expected type F32, F16 or I8, found type %" PRIu32, path,
-                       name_size, tensor->name, tensor->type);
+                       name_size, tensor->name.text, tensor->type);
     }
     if (!mq_mul(count, width, &tensor->size)) {
-        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': its size wraps", path, name_size, tensor->name);
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': its size wraps", path, name_size, tensor->name.text);
     }
     return MQ_OK;
 }
 
-static int compare_names(const char *a, size_t a_size, const char *b, size_t b_size)
+/* Keys and tensors both begin with their gguf_name. */
+static int compare_names(const void *a, const void *b)
 {
-    const int order = memcmp(a, b, a_size < b_size ? a_size : b_size);
-    return order != 0 ? order : (a_size > b_size) - (a_size < b_size);
+    const gguf_name *x = a, *y = b;
+    const int order = memcmp(x->text, y->text, x->size < y->size ? x->size : y->size);
+    return order != 0 ? order : (x->size > y->size) - (x->size < y->size);
 }
 
-static int compare_keys(const void *a, const void *b)
+/* Sort `count` keys or tensors of `width` bytes by name, and refuse doubles. */
+static mq_status sort_by_name(const gguf_file *file, const char *what, void *entries, size_t count, size_t width, mq_error *error)
 {
-    const gguf_key *x = a, *y = b;
-    return compare_names(x->name, x->name_size, y->name, y->name_size);
-}
-
-static int compare_tensors(const void *a, const void *b)
-{
-    const gguf_tensor *x = a, *y = b;
-    return compare_names(x->name, x->name_size, y->name, y->name_size);
+    if (count > 0) {
+        qsort(entries, count, width, compare_names);
+    }
+    for (size_t i = 1; i < count; i++) {
+        const gguf_name *name = (const void *)((const char *)entries + i * width);
+        if (compare_names((const char *)entries + (i - 1) * width, name) == 0) {
+            return mq_fail(error, MQ_ERR_FORMAT, "%s: %s '%.*s' appears twice", file->path, what, (int)name->size, name->text);
+        }
+    }
+    return MQ_OK;
 }
 
 /* Tensors lie one after another in the order of their infos, each at the next multiple of the alignment. */
-static mq_status place_tensor(const cursor *at, gguf_tensor *tensor, uint64_t relative_offset, size_t data_start,
+static mq_status place_tensor(const mq_cursor *at, const gguf_file *file, gguf_tensor *tensor, uint64_t relative_offset, size_t data_start,
                               int32_t allow_partial, size_t *end)
 {
-    const gguf_file *file = at->file;
     size_t start = 0;
     if (!mq_add(*end, MQ_ALIGNMENT - 1, &start)) {
-        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': its place wraps", file->path, (int)tensor->name_size,
-                       tensor->name);
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': its place wraps", file->path, (int)tensor->name.size,
+                       tensor->name.text);
     }
     start -= start % MQ_ALIGNMENT;
     if (relative_offset != start - data_start) {
         return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': expected offset %zu (no gap, no overlap), found %" PRIu64,
-                       file->path, (int)tensor->name_size, tensor->name, start - data_start, relative_offset);
+                       file->path, (int)tensor->name.size, tensor->name.text, start - data_start, relative_offset);
     }
     if (!mq_add(start, tensor->size, end)) {
-        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': its end wraps", file->path, (int)tensor->name_size,
-                       tensor->name);
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': its end wraps", file->path, (int)tensor->name.size,
+                       tensor->name.text);
     }
     tensor->offset = start;
     tensor->present = *end <= file->size;
     if (!tensor->present && !allow_partial) {
         return mq_fail(at->error, MQ_ERR_TRUNCATED, "%s: tensor '%.*s' ends at byte %zu, the file at %zu; a file cut after its "
-                       "last base slice opens as a partial model on request", file->path, (int)tensor->name_size, tensor->name,
+                       "last base slice opens as a partial model on request", file->path, (int)tensor->name.size, tensor->name.text,
                        *end, file->size);
     }
     return MQ_OK;
@@ -257,56 +202,31 @@ static mq_status check_identity(const gguf_file *file, mq_error *error)
     return status;
 }
 
-/* Sort by name and refuse doubles. Before that `keys` is in file order. */
-static mq_status index_keys(gguf_file *file, mq_error *error)
+static mq_status read_header(mq_cursor *at, uint64_t *tensor_count, uint64_t *key_count)
 {
-    qsort(file->keys, file->key_count, sizeof *file->keys, compare_keys);
-    for (size_t i = 1; i < file->key_count; i++) {
-        if (compare_keys(&file->keys[i - 1], &file->keys[i]) == 0) {
-            return mq_fail(error, MQ_ERR_FORMAT, "%s: key '%.*s' appears twice", file->path, (int)file->keys[i].name_size,
-                           file->keys[i].name);
-        }
-    }
-    return MQ_OK;
-}
-
-static mq_status index_tensors(gguf_file *file, mq_error *error)
-{
-    qsort(file->tensors, file->tensor_count, sizeof *file->tensors, compare_tensors);
-    for (size_t i = 1; i < file->tensor_count; i++) {
-        if (compare_tensors(&file->tensors[i - 1], &file->tensors[i]) == 0) {
-            return mq_fail(error, MQ_ERR_FORMAT, "%s: tensor '%.*s' appears twice", file->path,
-                           (int)file->tensors[i].name_size, file->tensors[i].name);
-        }
-    }
-    return MQ_OK;
-}
-
-static mq_status read_header(cursor *at, uint64_t *tensor_count, uint64_t *key_count)
-{
-    const char *path = at->file->path;
+    const char *path = at->path;
     const uint8_t *magic = NULL;
     uint32_t version = 0;
-    if (at->file->size < 4 || memcmp(at->file->data, "GGUF", 4) != 0) {
+    if (at->size < 4 || memcmp(at->data, "GGUF", 4) != 0) {
         return mq_fail(at->error, MQ_ERR_NOT_GGUF, "%s: not a GGUF file: expected the first bytes 'GGUF'", path);
     }
-    mq_status status = take(at, 4, "magic", &magic);
+    mq_status status = mq_take(at, 4, "magic", &magic);
     if (status == MQ_OK) {
-        status = take_u32(at, "version", &version);
+        status = mq_take_u32(at, "version", &version);
     }
     if (status == MQ_OK && version != 3) {
         return mq_fail(at->error, MQ_ERR_NOT_GGUF, "%s: expected GGUF version 3, found %" PRIu32, path, version);
     }
     if (status == MQ_OK) {
-        status = take_u64(at, "number of tensors", tensor_count);
+        status = mq_take_u64(at, "number of tensors", tensor_count);
     }
     if (status == MQ_OK) {
-        status = take_u64(at, "number of keys", key_count);
+        status = mq_take_u64(at, "number of keys", key_count);
     }
     if (status != MQ_OK) {
         return status;
     }
-    const size_t remain = at->file->size - at->offset;
+    const size_t remain = at->size - at->offset;
     if (*key_count > MAX_KEYS || *key_count * MIN_KEY_BYTES > remain) {
         return mq_fail(at->error, MQ_ERR_FORMAT, "%s: header claims %" PRIu64 " keys: expected at most %d that fit in the "
                        "%zu bytes left", path, *key_count, MAX_KEYS, remain);
@@ -318,7 +238,7 @@ static mq_status read_header(cursor *at, uint64_t *tensor_count, uint64_t *key_c
     return MQ_OK;
 }
 
-static mq_status read_tensors(cursor *at, gguf_file *file, int32_t allow_partial, uint64_t *relative_offsets)
+static mq_status read_tensors(mq_cursor *at, gguf_file *file, int32_t allow_partial, uint64_t *relative_offsets)
 {
     for (size_t i = 0; i < file->tensor_count; i++) {
         const mq_status status = take_tensor(at, &file->tensors[i], &relative_offsets[i]);
@@ -328,12 +248,12 @@ static mq_status read_tensors(cursor *at, gguf_file *file, int32_t allow_partial
     }
     size_t data_start = 0;
     if (!mq_add(at->offset, MQ_ALIGNMENT - 1, &data_start)) {
-        return truncated(at, "tensor data", 1);
+        return mq_truncated(at, "tensor data", 1);
     }
     data_start -= data_start % MQ_ALIGNMENT;
     size_t end = data_start;
     for (size_t i = 0; i < file->tensor_count; i++) {
-        const mq_status status = place_tensor(at, &file->tensors[i], relative_offsets[i], data_start, allow_partial, &end);
+        const mq_status status = place_tensor(at, file, &file->tensors[i], relative_offsets[i], data_start, allow_partial, &end);
         if (status != MQ_OK) {
             return status;
         }
@@ -355,7 +275,7 @@ mq_status gguf_open(const char *path, const uint8_t *data, size_t size, int32_t 
                     mq_error *error)
 {
     *file = (gguf_file){.path = path, .data = data, .size = size};
-    cursor at = {file, 0, error};
+    mq_cursor at = {.path = path, .data = data, .size = size, .error = error};
     uint64_t tensor_count = 0, key_count = 0;
     uint64_t *relative_offsets = NULL;
     mq_status status = read_header(&at, &tensor_count, &key_count);
@@ -375,7 +295,7 @@ mq_status gguf_open(const char *path, const uint8_t *data, size_t size, int32_t 
         status = take_key(&at, &file->keys[i]);
     }
     if (status == MQ_OK) {
-        status = index_keys(file, error);
+        status = sort_by_name(file, "key", file->keys, file->key_count, sizeof *file->keys, error);
     }
     if (status == MQ_OK) {
         status = check_identity(file, error);
@@ -384,7 +304,7 @@ mq_status gguf_open(const char *path, const uint8_t *data, size_t size, int32_t 
         status = read_tensors(&at, file, allow_partial, relative_offsets);
     }
     if (status == MQ_OK) {
-        status = index_tensors(file, error);
+        status = sort_by_name(file, "tensor", file->tensors, file->tensor_count, sizeof *file->tensors, error);
     }
 done:
     free(relative_offsets);
@@ -403,14 +323,14 @@ void gguf_close(gguf_file *file)
 
 const gguf_key *gguf_find_key(const gguf_file *file, const char *name)
 {
-    const gguf_key wanted = {.name = name, .name_size = strlen(name)};
-    return bsearch(&wanted, file->keys, file->key_count, sizeof *file->keys, compare_keys);
+    const gguf_name wanted = {name, strlen(name)};
+    return bsearch(&wanted, file->keys, file->key_count, sizeof *file->keys, compare_names);
 }
 
 const gguf_tensor *gguf_find_tensor(const gguf_file *file, const char *name)
 {
-    const gguf_tensor wanted = {.name = name, .name_size = strlen(name)};
-    return bsearch(&wanted, file->tensors, file->tensor_count, sizeof *file->tensors, compare_tensors);
+    const gguf_name wanted = {name, strlen(name)};
+    return bsearch(&wanted, file->tensors, file->tensor_count, sizeof *file->tensors, compare_names);
 }
 
 static mq_status find_typed(const gguf_file *file, const char *name, uint32_t type, const char *type_name,

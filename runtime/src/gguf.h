@@ -9,9 +9,13 @@
 enum { GGUF_U32 = 4, GGUF_F32 = 6, GGUF_BOOL = 7, GGUF_STRING = 8, GGUF_ARRAY = 9 };
 enum { GGML_F32 = 0, GGML_F16 = 1, GGML_I8 = 24 };
 
+typedef struct gguf_name {
+    const char *text; /* in the file, not 0-terminated */
+    size_t size;
+} gguf_name;
+
 typedef struct gguf_key {
-    const char *name; /* in the file, not 0-terminated */
-    size_t name_size;
+    gguf_name name;   /* first, for sorting */
     uint32_t type;    /* of the value, or of an array's elements */
     int32_t is_array;
     uint64_t count;   /* 1, or the elements of the array; bytes of a string */
@@ -19,8 +23,7 @@ typedef struct gguf_key {
 } gguf_key;
 
 typedef struct gguf_tensor {
-    const char *name;
-    size_t name_size;
+    gguf_name name;    /* first, for sorting */
     uint32_t type;
     uint64_t shape[4]; /* numpy order, leading 1s */
     size_t offset, size; /* bytes, from the start of the file */
