@@ -16,7 +16,7 @@ from types import TracebackType
 import numpy as np
 
 from export.keys import KEY_ADD_BOS, KEY_BOS_TOKEN, KEY_CHAT_TEMPLATE, KEY_EOS_TOKENS, KEY_NAME, KEY_TOKENIZER
-from runtime.budget import Budget, depth_of
+from runtime.budget import DEPTH_BITS, Budget, depth_of
 from runtime.completion import create_completion
 from runtime.cpu import physical_cores
 from runtime.errors import MobiQuantError
@@ -161,6 +161,9 @@ class Model:
 
     @budget.setter
     def budget(self, budget: Budget) -> None:
+        most = DEPTH_BITS[self.info.max_depth - 1]
+        if budget.bits > most:
+            raise ValueError(f"bits: expected at most {most}, what {self.path} holds, found {budget.bits:g}")
         if budget.routed:
             self._session.set_average_bits(budget.bits)
         else:
