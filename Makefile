@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 CC ?= cc
+# Where it is installed, lint reads the Arm kernels too and tests/test_neon.py runs them.
+ARM_CC ?= aarch64-linux-gnu-gcc
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -40,6 +42,9 @@ lint: $(INSTALLED) lint-c
 
 lint-c:
 	$(CC) $(C_WARNINGS) -fsyntax-only -Iruntime/include -Iruntime/src $(C_SOURCES)
+	if command -v $(ARM_CC) > /dev/null; then \
+	  $(ARM_CC) $(C_WARNINGS) -fsyntax-only -Iruntime/include -Iruntime/src $(C_SOURCES) tests/qemu/kernels_check.c; \
+	fi
 
 clean:
 	rm -rf build dist demo *.egg-info $(NATIVE) runtime/_native.c

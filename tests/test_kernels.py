@@ -250,3 +250,20 @@ def test_attention_gives_the_same_bits(fast, n: int, head_dim: int) -> None:
     logits = key.astype(np.float64) @ query * 0.125
     weights = np.exp(logits - logits.max())
     np.testing.assert_allclose(results[1], weights @ value.astype(np.float64) / weights.sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_value_that_is_not_a_number_stays_visible(fast) -> None:
+    """A damaged file must end in NaN logits under every kernel, not in plausible ones under some."""
+    one = np.ones(32, np.float32)
+    gate, key = one.copy(), one.astype(np.float16)
+    gate[3] = key[3] = np.nan
+    for table in (fast, SCALAR):
+        swished, scores, out = guarded(gate), guarded(np.zeros(2, np.float32)), guarded(np.zeros(32, np.float32))
+        table.swiglu(pointer(swished, "float"), pointer(one, "float"), 32)
+        assert np.array_equal(np.isnan(swished), np.isnan(gate))
+        keys = guarded(np.stack([one.astype(np.float16), key]))
+        halves = pointer(keys, "uint16_t")
+        table.attention(
+            pointer(one, "float"), halves, halves, 32, 2, 32, 0.1, pointer(scores, "float"), pointer(out, "float")
+        )
+        assert np.isnan(out).all()

@@ -1,9 +1,8 @@
 /* vector_body.h: the float operations written once over a register of 16 floats, `v16`, which each instruction set
  * defines before it includes this file. Same steps and same order as scalar.c, so the same bits.
  *
- * Expected: v16, v_zero, v_set, v_load, v_store, v_add, v_sub, v_mul, v_div, v_fma (a·b + c), v_fnma (c − a·b), v_max,
- * v_min (second operand when one is a NaN), v_round (half to even), v_power2 (2^n of whole n), v_fold, v_max_fold,
- * v_load_f16, v_store_f16.
+ * Expected: v16, v_zero, v_set, v_load, v_store, v_add, v_sub, v_mul, v_div, v_fma (a·b + c), v_max, v_min
+ * (second operand when one is a NaN), v_round (half to even), v_power2 (2^n of whole n), v_fold, v_load_f16, v_store_f16.
  */
 #include "definition.h"
 
@@ -28,7 +27,7 @@ static inline void v_store_part(float *x, size_t count, v16 v)
 
 static inline v16 v_exponential(v16 x)
 {
-    x = v_max(v_min(x, v_set(MQ_EXP_HIGH)), v_set(MQ_EXP_LOW));
+    x = v_max(v_set(MQ_EXP_LOW), v_min(v_set(MQ_EXP_HIGH), x)); /* in this order a NaN stays one */
     const v16 n = v_round(v_mul(x, v_set(MQ_LOG2_E)));
     v16 r = v_fma(n, v_set(-MQ_LN2_HIGH), x);
     r = v_fma(n, v_set(-MQ_LN2_LOW), r);

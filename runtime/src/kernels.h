@@ -66,6 +66,15 @@ extern const mq_kernels mq_kernels_scalar;
 #if defined(__x86_64__)
 extern const mq_kernels mq_kernels_avx512vnni;
 extern const mq_kernels mq_kernels_avx2;
+#if defined(__has_include)
+#if __has_include(<avxvnniintrin.h>) /* GCC 11, Clang 12 */
+#define MQ_AVXVNNI
+extern const mq_kernels mq_kernels_avxvnni;
+#endif
+#endif
+#elif defined(__aarch64__)
+extern const mq_kernels mq_kernels_neon_dotprod;
+extern const mq_kernels mq_kernels_neon;
 #endif
 
 #endif
