@@ -113,10 +113,10 @@ INLINE void add_slices(sums total[PARTS], uint32_t slices, sums part[PARTS], con
     }
 }
 
-/* Q_D·q of the 16 rows of a tile over one group; `place` is the tile's byte in every plane. */
-INLINE void dot_tile(const mq_matrix *w, uint32_t depth, size_t place, const int8_t *q, sums total[PARTS])
+/* Q_D·q of the 16 rows of a tile over one group; `place` is the tile's byte in every plane, `ahead` the distance at which
+ * bytes are asked for early. */
+INLINE void dot_tile(const mq_matrix *w, uint32_t depth, size_t place, size_t ahead, const int8_t *q, sums total[PARTS])
 {
-    enum { AHEAD = 4 * MQ_TILE_BYTES }; /* the hardware prefetcher stops at a page; four tiles cover the latency */
     for (size_t p = 0; p < PARTS; p++) {
         total[p] = s_zero();
     }
@@ -135,7 +135,7 @@ INLINE void dot_tile(const mq_matrix *w, uint32_t depth, size_t place, const int
 #pragma GCC unroll UNROLL
             for (size_t v = begin; v < begin + chunk; v++) {
                 for (uint32_t s = 0; s < slices; s++) {
-                    __builtin_prefetch(w->plane[e + s] + place + VECTOR * v + AHEAD);
+                    __builtin_prefetch(w->plane[e + s] + place + VECTOR * v + ahead);
                 }
                 const steps x = x_load(q + LANES * v);
                 for (size_t p = 0; p < PARTS; p++) {
@@ -171,14 +171,19 @@ static inline size_t rows_of(const mq_matrix *w, size_t tile)
 INLINE void matvec_depth(const mq_matrix *w, uint32_t depth, const int8_t *q, const float *scale, const float *sum,
                                 size_t tile_begin, size_t tile_end, float *y)
 {
+    /* The hardware prefetcher stops at every page, so tiles are asked for early: 10 kB in flight over all planes, which
+     * was the fastest of 3, 6, 10 and 16 kB with AVX2 and AVX-VNNI. */
+    const size_t tiles_ahead = 20 / depth;
     const float factor = mq_depth_factor(depth);
     for (size_t tile = tile_begin; tile < tile_end; tile++) {
         v16 rows = v_zero();
         for (size_t g = 0; g < w->groups; g++) {
             const size_t at = tile * w->groups + g;
+            const uint16_t *scale_offset = w->scale_offset + at * 2 * MQ_TILE_ROWS;
             sums dot[PARTS];
-            dot_tile(w, depth, at * MQ_TILE_BYTES, q + g * MQ_GROUP_SIZE, dot);
-            rows = add_group(rows, w->scale_offset + at * 2 * MQ_TILE_ROWS, factor, scale[g], sum[g], dot);
+            __builtin_prefetch(scale_offset + tiles_ahead * 2 * MQ_TILE_ROWS);
+            dot_tile(w, depth, at * MQ_TILE_BYTES, tiles_ahead * MQ_TILE_BYTES, q + g * MQ_GROUP_SIZE, dot);
+            rows = add_group(rows, scale_offset, factor, scale[g], sum[g], dot);
         }
         v_store_part(y + tile * MQ_TILE_ROWS, rows_of(w, tile), rows);
     }
