@@ -237,7 +237,7 @@ INLINE void dot_block(const uint8_t codes[EXPANDED], uint32_t slices, const int8
                 products[b][p] = acc_zero();
             }
         }
-#pragma GCC unroll 2
+#pragma GCC unroll 1 /* in longer straight code gcc spills the products */
         for (size_t v = begin; v < begin + CHUNK / STEP; v++) {
             steps x[BLOCK];
             for (size_t b = 0; b < BLOCK; b++) {
