@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,7 +15,8 @@ from pathlib import Path
 from mobiquant import __version__
 from mobiquant.config import CalibrationSettings
 from mobiquant.packing import SLICE_BITS, SLICE_COUNT
-from mobiquant.scoring import RULES
+from mobiquant.scoring import RULES, format_result
+from mobiquant.text import read_text
 
 _DEMO_TEXT = Path(__file__).parent / "demo" / "calibration.txt"
 _DEPTH_BITS = tuple(SLICE_BITS * depth for depth in range(1, SLICE_COUNT + 1))
@@ -62,13 +62,23 @@ def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder or hub id")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the checkpoint folder")
     parser.add_argument("--text", type=Path, metavar="FILE", help="calibration text (default: the bundled one)")
+    parser.add_argument("--recipe", default=defaults.recipe, help="best or paper (%(default)s)")
     parser.add_argument("--samples", type=int, default=defaults.samples, metavar="N", help="windows (%(default)s)")
     parser.add_argument("--seq-len", type=int, metavar="N", help="tokens per window (model's context, at most 2048)")
-    parser.add_argument("--epochs", type=int, default=defaults.epochs, metavar="N", help="per stage (%(default)s)")
-    parser.add_argument("--batch", type=int, default=defaults.batch, metavar="N", help="windows per step (%(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=defaults.batch, metavar="N", help="windows at a time (%(default)s)"
+    )
+    best = parser.add_argument_group("recipe best")
+    best.add_argument(
+        "--distill-steps", type=int, default=defaults.distill_steps, metavar="N", help="of the base slice (%(default)s)"
+    )
+    best.add_argument(
+        "--distill-batch", type=int, default=defaults.distill_batch, metavar="N", help="windows per step (%(default)s)"
+    )
+    paper = parser.add_argument_group("recipe paper")
+    paper.add_argument("--epochs", type=int, default=defaults.epochs, metavar="N", help="per stage (%(default)s)")
     parser.add_argument("-s", "--seed", type=int, default=defaults.seed, metavar="S", help="(%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default=defaults.device, help="(%(default)s)")
-    parser.add_argument("--recipe", default=defaults.recipe, help="how a block is calibrated (%(default)s)")
     parser.add_argument("--restart", action="store_true", help="throw away what an earlier run left in DIR")
     parser.set_defaults(func=_calibrate)
 
@@ -104,6 +114,8 @@ def _calibrate(args: argparse.Namespace) -> int:
         seq_len=args.seq_len,
         epochs=args.epochs,
         batch=args.batch,
+        distill_steps=args.distill_steps,
+        distill_batch=args.distill_batch,
         seed=args.seed,
         device=args.device,
     )
@@ -143,21 +155,6 @@ def _perplexity(args: argparse.Namespace) -> int:
     result = evaluate(args.model, read_text(args.file), evaluation, args.reference)
     print(format_result(result, args.output))
     return 0
-
-
-def format_result(result: dict[str, float | int], output: str) -> str:
-    """A score as one JSON object, or as `key value` pairs on one line. output: "json" or "text"."""
-    if output == "json":
-        return json.dumps(result)
-    return "  ".join(f"{key} {value:.6g}" for key, value in result.items())
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file. Raises ValueError with the file's name when it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
 
 
 def _prepare_torch() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from mobiquant.scoring import clean_text
+from mobiquant.text import clean_text
 
 # Every eighth piece of the text is kept from training: thresholds must not be taken on inputs that the routers saw, and
 # must come from all over the text, because the bits that a document takes differ by 0.2 from one to the next.

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from mobiquant.checkpoint import is_checkpoint
 from mobiquant.reference import ReferenceModel, open_reference
-from mobiquant.scoring import Score, clean_text, default_window, make_windows
+from mobiquant.scoring import Score, default_window, make_windows
 from mobiquant.source import load_tokenizer, open_source
+from mobiquant.text import clean_text
 
 _FULL_PRECISION_BITS = 32.0
 

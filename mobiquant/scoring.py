@@ -5,13 +5,13 @@ Shared by the torch evaluation and the device runtime, so that both count the sa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 RULES = ("all", "llama.cpp")
-SEPARATOR = "<|endoftext|>"
 _LLAMA_CPP_WINDOW = 1024  # the window of published figures under that rule
 
 
@@ -26,11 +26,6 @@ class Window:
     def targets(self) -> np.ndarray:
         """The scored tokens, int32 [n - first_scored]; `logits[first_scored - 1 : -1]` belongs to them."""
         return self.tokens[self.first_scored :]
-
-
-def clean_text(text: str) -> str:
-    """The text without the lines that separate documents, as every scoring rule wants it."""
-    return text.replace(f"\n{SEPARATOR}\n", "\n\n").removesuffix(f"\n{SEPARATOR}")
 
 
 def default_window(rule: str, context: int) -> int:
@@ -131,3 +126,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted -= shifted.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return shifted
+
+
+def format_result(result: dict[str, float | int], output: str) -> str:
+    """A score as one JSON object, or as `key value` pairs on one line. output: "json" or "text"."""
+    if output == "json":
+        return json.dumps(result)
+    return "  ".join(f"{key} {value:.6g}" for key, value in result.items())

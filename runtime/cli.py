@@ -224,7 +224,8 @@ def info_command(args: argparse.Namespace) -> int:
 @_one_line_errors
 def perplexity(args: argparse.Namespace) -> int:
     """Perplexity of a GGUF file; the flags are those of `mobiquant perplexity` (mobiquant.cli)."""
-    from mobiquant.cli import format_result, read_text
+    from mobiquant.scoring import format_result
+    from mobiquant.text import read_text
     from runtime.model import Model
     from runtime.perplexity import score_text
 

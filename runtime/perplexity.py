@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mobiquant.scoring import Score, clean_text, default_window, make_windows
+from mobiquant.scoring import Score, default_window, make_windows
+from mobiquant.text import clean_text
 from runtime.model import Model
 
 _PIECE = 512  # tokens whose logits are held at once: with 128 k tokens of vocabulary 256 MB

@@ -129,7 +129,8 @@ def test_partial_file_is_refused_until_asked_for(capfd: pytest.CaptureFixture[st
     expect_error(capfd, r"cut\.gguf: .*slice3", "run", "-m", cut, "-p", "hi")
     status, _, err = run(capfd, "run", "-m", cut, "-p", "hi", "-n", 3, "--partial")
     assert status == 0 and "average bits 4.00" in err
-    expect_error(capfd, "bits: expected at most 4, what .* holds, found 8", "run", "-m", cut, "-p", "hi", "--partial", "--bits", 8)
+    message = "bits: expected at most 4, what .* holds, found 8"
+    expect_error(capfd, message, "run", "-m", cut, "-p", "hi", "--partial", "--bits", 8)
     assert "2 of 4 slices usable" in run(capfd, "info", cut)[1]
 
 

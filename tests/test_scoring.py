@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobiquant.scoring import Score, clean_text, make_windows
+from mobiquant.scoring import Score, make_windows
+from mobiquant.text import clean_text
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 BOS = 0

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mobiquant.scoring import SEPARATOR
+from mobiquant.text import SEPARATOR
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 # Words with the space before them, numbers of up to three digits, runs of punctuation, white space.

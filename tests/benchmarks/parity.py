@@ -19,7 +19,8 @@ import numpy as np
 
 from mobiquant.checkpoint import LINEARS
 from mobiquant.reference import ReferenceModel, open_reference
-from mobiquant.scoring import clean_text, log_softmax, make_windows
+from mobiquant.scoring import log_softmax, make_windows
+from mobiquant.text import clean_text
 from runtime import Model
 
 BUDGETS: tuple[int | float, ...] = (2, 4, 6, 8, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
