@@ -34,11 +34,17 @@ static bool has_avxvnni(void)
 }
 #endif
 
+/* Skylake-X, Cascade Lake. */
+static bool has_avx512bw(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+           && __builtin_cpu_supports("avx512dq") && has_avx2();
+}
+
 /* Ice Lake, Sapphire Rapids, Zen 4 and later. */
 static bool has_avx512vnni(void)
 {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
-           && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && has_avx2();
+    return __builtin_cpu_supports("avx512vnni") && has_avx512bw();
 }
 #elif defined(__aarch64__)
 /* Cortex-A55 and A75 and later, every Apple silicon Mac. */
@@ -64,6 +70,7 @@ static const struct {
 #if defined(MQ_AVXVNNI)
     {&mq_kernels_avxvnni, has_avxvnni},
 #endif
+    {&mq_kernels_avx512bw, has_avx512bw},
     {&mq_kernels_avx2, has_avx2},
 #elif defined(__aarch64__)
     {&mq_kernels_neon_dotprod, has_dotprod},

@@ -65,6 +65,7 @@ const mq_kernels *mq_kernels_find(const char *name);
 extern const mq_kernels mq_kernels_scalar;
 #if defined(__x86_64__)
 extern const mq_kernels mq_kernels_avx512vnni;
+extern const mq_kernels mq_kernels_avx512bw;
 extern const mq_kernels mq_kernels_avx2;
 #if defined(__has_include)
 #if __has_include(<avxvnniintrin.h>) /* GCC 11, Clang 12 */
