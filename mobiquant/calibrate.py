@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from mobiquant.data import CalibrationWindows, calibration_windows
 from mobiquant.linear import Precision, SliceEmbedding
 from mobiquant.models import UnsupportedModelError, install_slices, linear_shapes, load_block
 from mobiquant.packing import SLICE_COUNT
-from mobiquant.recipes import BlockTask, CalibratedBlock, recipes
+from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask, recipes
 from mobiquant.router import Router, budget_cuts, router_hidden_size
 from mobiquant.sensitivity import Sensitivity, measure_sensitivity, position_embeddings
 from mobiquant.slices import SlicedWeight, slice_weight
@@ -50,6 +51,9 @@ from mobiquant.source import Source
 
 STATE_FILE = "calibration.json"
 _SENSITIVITY_FILE = "sensitivity.safetensors"
+_RECIPE_FILE = "recipe.safetensors"
+# Only a run that goes on needs these; a finished folder has neither.
+_WORK_FILES = (_SENSITIVITY_FILE, _RECIPE_FILE)
 
 
 @dataclass
@@ -75,19 +79,31 @@ def calibrate(source: Source, folder: Path, text: str, settings: CalibrationSett
     known = recipes()
     if settings.recipe not in known:
         raise ValueError(f"recipe: expected one of {', '.join(known)}, found {settings.recipe}")
-    windows = calibration_windows(
-        text, source.tokenizer(), _bos(source), settings.samples, settings.seq_len, settings.seed
-    )
+    tokenizer, bos, seq_len = source.tokenizer(), _bos(source), settings.seq_len
+
+    def windows(samples: int) -> CalibrationWindows:
+        return calibration_windows(text, tokenizer, bos, samples, seq_len, settings.seed)
+
+    calibration = _Calibration(source, folder, settings, windows)
     _claim_folder(folder, _fingerprint(source, text, settings), restart)
     if (folder / INDEX_FILE).is_file():
         return
     torch.use_deterministic_algorithms(True, warn_only=True)
-    _Calibration(source, folder, settings, windows).run()
+    calibration.run()
 
 
 class _Calibration:
-    def __init__(self, source: Source, folder: Path, settings: CalibrationSettings, windows: CalibrationWindows):
-        self.source, self.folder, self.settings, self.windows = source, folder, settings, windows
+    """One run. windows: from a number of training windows to them and the held-out ones."""
+
+    def __init__(
+        self,
+        source: Source,
+        folder: Path,
+        settings: CalibrationSettings,
+        windows: Callable[[int], CalibrationWindows],
+    ):
+        self.source, self.folder, self.settings = source, folder, settings
+        self.windows, self._draw_windows = windows(settings.samples), windows
         self.device = torch.device(settings.device)
         shapes = linear_shapes(source.config)
         hidden_size = router_hidden_size([[shapes[name] for name in names] for names in ROUTER_POINTS.values()])
@@ -102,6 +118,7 @@ class _Calibration:
         sensitivity = self._sensitivity(embedding)
         streams = self._first_streams(embedding, table)
         recipe = recipes()[self.settings.recipe]
+        slices = None if recipe.slices is None else recipe.slices(self._model_task(embedding))
         steps = recipe.steps(self.settings)
         scores: list[list[Tensor]] = [[] for _ in range(SLICE_COUNT)]
         with tqdm(total=steps * self.source.block_count, unit="step", smoothing=0.05) as bar:
@@ -115,6 +132,8 @@ class _Calibration:
                     bar.refresh()
                 else:
                     task = self._task(index, exact_block, streams, targets, sensitivity, bar)
+                    if slices is not None:
+                        task = dataclasses.replace(task, slices=slices[index])
                     self._save_block(index, recipe.run(task), exact_block)
                 block = self._saved_block(index).to(self.device)
                 sliced = self._advance_sliced(block, streams, scores)
@@ -128,6 +147,16 @@ class _Calibration:
             measured = measure_sensitivity(self.source, embedding, windows, settings.batch, settings.seed, self.device)
             measured.save(path)
         return Sensitivity.load(path)
+
+    def _model_task(self, embedding: Tensor) -> ModelTask:
+        return ModelTask(
+            source=self.source,
+            embedding=embedding,
+            windows=lambda count: self._draw_windows(count).training,
+            settings=self.settings,
+            device=self.device,
+            state=self.folder / _RECIPE_FILE,
+        )
 
     def _first_streams(self, embedding: Tensor, table: SlicedWeight) -> _Streams:
         training, held_out = map(torch.from_numpy, (self.windows.training, self.windows.held_out))
@@ -156,6 +185,7 @@ class _Calibration:
             positions=self.positions,
             token_cost=sensitivity.tokens[index],
             row_cost=sensitivity.rows[index],
+            slices=None,
             quantization=self.quantization,
             settings=self.settings,
             # Seeded per block, so that a resumed run draws the same numbers.
@@ -226,7 +256,8 @@ class _Calibration:
         outer[FINAL_NORM] = self.source.tensor(FINAL_NORM).numpy()
         outer[ROTARY_FREQUENCIES] = self.source.rotary().inv_freq.numpy()
         write_tensors(self.folder / OUTER_FILE, outer)
-        (self.folder / _SENSITIVITY_FILE).unlink(missing_ok=True)
+        for name in _WORK_FILES:
+            (self.folder / name).unlink(missing_ok=True)
         files = [*(block_file(index) for index in range(count)), OUTER_FILE]
         finish_checkpoint(self.folder, self.source.path, self.source.content, self.quantization, files)
 
@@ -262,9 +293,9 @@ def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -
     """Make the folder ours: new or empty, or an earlier run with the same fingerprint."""
     state = folder / STATE_FILE
     if restart and state.is_file():
-        for path in (*folder.glob("block-*.safetensors"), folder / OUTER_FILE, folder / _SENSITIVITY_FILE):
-            path.unlink(missing_ok=True)
-        for name in (INDEX_FILE, CONFIG_FILE, STATE_FILE):
+        for path in folder.glob("block-*.safetensors"):
+            path.unlink()
+        for name in (*_WORK_FILES, OUTER_FILE, INDEX_FILE, CONFIG_FILE, STATE_FILE):
             (folder / name).unlink(missing_ok=True)
     elif state.is_file():
         try:

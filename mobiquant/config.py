@@ -33,10 +33,11 @@ class CalibrationSettings:
     samples: token windows for training, one for each depth at least;
     seq_len: tokens per window, None means the model's context, at most 2048;
     batch: windows per step; clip_lr, router_lr: AdamW step sizes; lambda_bits: weight of (average bits - target)²
-    in the routed loss; device: where the current block lives.
+    in the routed loss; distill_steps: training steps of the base slice in recipe best; distill_batch: windows per such
+    step; device: where the current block lives, or the whole model while it is distilled.
     """
 
-    recipe: str = "paper"
+    recipe: str = "best"
     samples: int = 128
     seq_len: int | None = None
     epochs: int = 20
@@ -44,6 +45,8 @@ class CalibrationSettings:
     clip_lr: float = 2e-2
     router_lr: float = 5e-3
     lambda_bits: float = 0.1
+    distill_steps: int = 800
+    distill_batch: int = 16
     seed: int = 0
     device: str = "auto"
 

@@ -47,6 +47,24 @@ def join_groups(groups: Tensor, columns: int) -> Tensor:
     return groups.reshape(groups.shape[0], -1)[:, :columns]
 
 
+def storable_groups(weight: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None) -> tuple[Tensor, ...]:
+    """(groups, scale, offset) of one matrix, float32 [rows, columns]. Without gamma and beta ([rows, groups, 1]) the
+    range is not clipped.
+
+    Raises ValueError on weights that are not finite, or whose scale or offset float16 cannot hold.
+    """
+    if not torch.isfinite(weight).all():
+        raise ValueError("weights: expected finite numbers, found infinity or NaN")
+    groups = split_groups(weight)
+    if gamma is None or beta is None:
+        gamma = beta = torch.full((*groups.shape[:2], 1), torch.inf, device=weight.device)
+    scale, offset = scale_offset(groups, gamma, beta)
+    if not (torch.isfinite(scale).all() and torch.isfinite(offset).all()):
+        largest = weight.abs().max().item()
+        raise ValueError(f"weights: expected a range that float16 can hold, found magnitudes up to {largest:g}")
+    return groups, scale, offset
+
+
 def scale_offset(groups: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Scale s and offset o of each group from its range, clipped to sigmoid(gamma)·max and sigmoid(beta)·min.
 
@@ -111,19 +129,8 @@ def decode_straight_through(groups: Tensor, scale: Tensor, offset: Tensor, depth
 
 
 def slice_weight(weight: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None) -> SlicedWeight:
-    """Slice one matrix, float32 [rows, columns]. Without gamma and beta ([rows, groups, 1]) the range is not clipped.
-
-    Raises ValueError on weights that are not finite, or whose scale or offset float16 cannot hold.
-    """
-    if not torch.isfinite(weight).all():
-        raise ValueError("weights: expected finite numbers, found infinity or NaN")
-    groups = split_groups(weight)
-    if gamma is None or beta is None:
-        gamma = beta = torch.full((*groups.shape[:2], 1), torch.inf, device=weight.device)
-    scale, offset = scale_offset(groups, gamma, beta)
-    if not (torch.isfinite(scale).all() and torch.isfinite(offset).all()):
-        largest = weight.abs().max().item()
-        raise ValueError(f"weights: expected a range that float16 can hold, found magnitudes up to {largest:g}")
+    """Slice one matrix as it is, with the clipping of `storable_groups`, which says what is refused."""
+    groups, scale, offset = storable_groups(weight, gamma, beta)
     codes = join_groups(encode(groups, scale, offset), weight.shape[1]).contiguous()
     return SlicedWeight(codes, scale.squeeze(-1).to(torch.float16), offset.squeeze(-1).to(torch.float16))
 

@@ -53,7 +53,9 @@ def tiny_settings():
     """Calibration settings that take seconds."""
     from mobiquant.config import CalibrationSettings
 
-    return CalibrationSettings(samples=8, epochs=1, batch=2, seq_len=TINY_CONTEXT, device="cpu")
+    return CalibrationSettings(
+        samples=8, batch=2, seq_len=TINY_CONTEXT, distill_steps=10, distill_batch=2, epochs=1, device="cpu"
+    )
 
 
 @pytest.fixture(scope="session")

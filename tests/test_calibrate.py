@@ -216,7 +216,7 @@ def test_command_line_reports_one_line_per_error(tmp_path, capsys, tiny_model, t
         (["calibrate", str(tiny_model), "-o", folder, "--text", str(text)], "text: expected at least"),
         (["calibrate", str(tiny_model), "-o", folder, "--text", str(tmp_path / "no.txt")], "no.txt"),
         (["calibrate", str(tiny_model), "-o", folder, "--seq-len", "65"], "context 64, found 65"),
-        (["calibrate", str(tiny_model), "-o", folder, "--recipe", "best2"], "recipe: expected one of paper"),
+        (["calibrate", str(tiny_model), "-o", folder, "--recipe", "best2"], "recipe: expected one of best, paper, found best2"),
     ):
         assert main(arguments) == 1
         error = capsys.readouterr().err

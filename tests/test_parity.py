@@ -40,7 +40,7 @@ def test_a_model_of_odd_sizes_gives_the_reference_bits_at_every_budget(tiny_chec
 def test_the_bundled_model_gives_the_reference_bits(tmp_path: Path) -> None:
     source = open_source(str(DEMO / "tale-6m"))
     text = (DEMO / "calibration.txt").read_text(encoding="utf-8")
-    settings = CalibrationSettings(samples=4, epochs=1, batch=1, seq_len=128, device="cpu")
+    settings = CalibrationSettings(samples=4, seq_len=128, distill_steps=10, distill_batch=1, device="cpu")
     calibrate(source, tmp_path / "checkpoint", text, settings)
     file = tmp_path / "tale-6m.gguf"
     export_checkpoint(tmp_path / "checkpoint", file)

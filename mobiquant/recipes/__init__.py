@@ -1,19 +1,39 @@
-"""Calibration recipes: how one block is turned into slices and routers. The block loop (mobiquant.calibrate) is common.
+"""Calibration recipes: how a model is turned into slices and routers. The block loop (mobiquant.calibrate) is common.
 
-A recipe is a function from `BlockTask` to `CalibratedBlock`, listed in `RECIPES` under the name that `--recipe` takes.
+A recipe is a function from `BlockTask` to `CalibratedBlock`, by the name that `--recipe` takes in `recipes`. One that
+needs the whole model at once chooses the slices before the loop over blocks, in a function from `ModelTask`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mobiquant.config import CalibrationSettings, QuantizationConfig
 from mobiquant.router import Router
 from mobiquant.slices import SlicedWeight
+from mobiquant.source import Source
+
+
+@dataclass(frozen=True)
+class ModelTask:
+    """What a recipe may look at before the loop over blocks.
+
+    embedding: float32 [vocab, width]; windows: from a number to that many training windows, int64 [windows, seq_len];
+    state: a file of the recipe's own, for going on after an interruption. It is removed when the calibration is done.
+    """
+
+    source: Source
+    embedding: Tensor
+    windows: Callable[[int], np.ndarray]
+    settings: CalibrationSettings
+    device: torch.device
+    state: Path
 
 
 @dataclass(frozen=True)
@@ -24,7 +44,8 @@ class BlockTask:
     before, each window at its own depth; depths: int [windows], 1..4; targets: float32 [windows, seq_len, width], the
     full-precision block's output on full-precision inputs; positions: cosines and sines for the block's call;
     token_cost [7, windows, seq_len] and row_cost [7][rows]: sensitivity of the model to errors of each linear's output
-    (mobiquant.sensitivity); advance: to be called once per training step with the name of the stage.
+    (mobiquant.sensitivity); slices: the block's, by name in LINEARS, when the recipe chose them before the loop;
+    advance: to be called once per training step with the name of the stage.
     """
 
     block: nn.Module
@@ -34,6 +55,7 @@ class BlockTask:
     positions: tuple[Tensor, Tensor]
     token_cost: Tensor
     row_cost: list[Tensor]
+    slices: dict[str, SlicedWeight] | None
     quantization: QuantizationConfig
     settings: CalibrationSettings
     generator: torch.Generator
@@ -51,14 +73,19 @@ class CalibratedBlock:
 
 @dataclass(frozen=True)
 class Recipe:
-    """run: calibrates one block; steps: how often it calls `advance`."""
+    """run: calibrates one block; steps: how often it calls `advance`; slices: chooses the slices of every block before
+    the first `run`, and finds them again when called after an interruption."""
 
     run: Callable[[BlockTask], CalibratedBlock]
     steps: Callable[[CalibrationSettings], int]
+    slices: Callable[[ModelTask], list[dict[str, SlicedWeight]]] | None = None
 
 
 def recipes() -> dict[str, Recipe]:
     """The recipes by name. A function, because the recipes import the types above."""
-    from mobiquant.recipes import paper
+    from mobiquant.recipes import best, distill, paper
 
-    return {"paper": Recipe(paper.calibrate_block, paper.step_count)}
+    return {
+        "best": Recipe(best.calibrate_block, best.step_count, distill.distill),
+        "paper": Recipe(paper.calibrate_block, paper.step_count),
+    }
