@@ -51,9 +51,8 @@ from mobiquant.source import Source
 
 STATE_FILE = "calibration.json"
 _SENSITIVITY_FILE = "sensitivity.safetensors"
-_RECIPE_FILE = "recipe.safetensors"
-# Only a run that goes on needs these; a finished folder has neither.
-_WORK_FILES = (_SENSITIVITY_FILE, _RECIPE_FILE)
+# Only a run that goes on needs these; a finished folder has none.
+_WORK_FILES = (_SENSITIVITY_FILE, "recipe-*.safetensors")
 
 
 @dataclass
@@ -118,8 +117,9 @@ class _Calibration:
         sensitivity = self._sensitivity(embedding)
         streams = self._first_streams(embedding, table)
         recipe = recipes()[self.settings.recipe]
-        slices = None if recipe.slices is None else recipe.slices(self._model_task(embedding))
-        steps = recipe.steps(self.settings)
+        model_task = self._model_task(embedding)
+        slices = recipe.slices(model_task)
+        steps = recipe.steps(self.settings, slices is not None)
         scores: list[list[Tensor]] = [[] for _ in range(SLICE_COUNT)]
         with tqdm(total=steps * self.source.block_count, unit="step", smoothing=0.05) as bar:
             for index in range(self.source.block_count):
@@ -152,10 +152,10 @@ class _Calibration:
         return ModelTask(
             source=self.source,
             embedding=embedding,
-            windows=lambda count: self._draw_windows(count).training,
+            windows=self._draw_windows,
             settings=self.settings,
             device=self.device,
-            state=self.folder / _RECIPE_FILE,
+            folder=self.folder,
         )
 
     def _first_streams(self, embedding: Tensor, table: SlicedWeight) -> _Streams:
@@ -256,8 +256,8 @@ class _Calibration:
         outer[FINAL_NORM] = self.source.tensor(FINAL_NORM).numpy()
         outer[ROTARY_FREQUENCIES] = self.source.rotary().inv_freq.numpy()
         write_tensors(self.folder / OUTER_FILE, outer)
-        for name in _WORK_FILES:
-            (self.folder / name).unlink(missing_ok=True)
+        for path in _work_files(self.folder):
+            path.unlink()
         files = [*(block_file(index) for index in range(count)), OUTER_FILE]
         finish_checkpoint(self.folder, self.source.path, self.source.content, self.quantization, files)
 
@@ -293,9 +293,9 @@ def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -
     """Make the folder ours: new or empty, or an earlier run with the same fingerprint."""
     state = folder / STATE_FILE
     if restart and state.is_file():
-        for path in folder.glob("block-*.safetensors"):
+        for path in (*folder.glob("block-*.safetensors"), *_work_files(folder)):
             path.unlink()
-        for name in (*_WORK_FILES, OUTER_FILE, INDEX_FILE, CONFIG_FILE, STATE_FILE):
+        for name in (OUTER_FILE, INDEX_FILE, CONFIG_FILE, STATE_FILE):
             (folder / name).unlink(missing_ok=True)
     elif state.is_file():
         try:
@@ -313,6 +313,10 @@ def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -
         raise CheckpointError(f"{folder}: expected a new or empty folder, found other files")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(state, fingerprint)
+
+
+def _work_files(folder: Path) -> list[Path]:
+    return [path for pattern in _WORK_FILES for path in folder.glob(pattern)]
 
 
 def _fingerprint(source: Source, text: str, settings: CalibrationSettings) -> dict[str, object]:

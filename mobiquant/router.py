@@ -97,6 +97,17 @@ class TrainableRouter(nn.Module):
         self.head = nn.Parameter(head)
         self.head_bias = nn.Parameter(torch.zeros(linears, RESIDUALS))
 
+    @classmethod
+    def thaw(cls, router: Router) -> TrainableRouter:
+        """Inverse of `freeze`."""
+        (hidden_size, columns), (linears, _) = router.hidden.shape, router.head_bias.shape
+        result = cls(columns, linears, hidden_size, torch.Generator())
+        with torch.no_grad():
+            result.hidden.copy_(router.hidden.float() * router.hidden_scale[:, None])
+            for name in ("hidden_bias", "head", "head_bias"):
+                getattr(result, name).copy_(getattr(router, name))
+        return result
+
     def forward(self, x: Tensor) -> Tensor:
         """Scores float32 [tokens, L, 3] of inputs float32 [tokens, columns]."""
         codes, scale = self._hidden_codes()
