@@ -16,10 +16,11 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from mobiquant.arithmetic import causal_attention, rms_norm, rope_tables, rotate, silu_times
-from mobiquant.checkpoint import EMBEDDING, FINAL_NORM, HEAD, LINEARS, ROTARY_FREQUENCIES, open_checkpoint
+from mobiquant.checkpoint import EMBEDDING, FINAL_NORM, HEAD, LINEARS, ROTARY_FREQUENCIES, STATIC_ORDER, open_checkpoint
 from mobiquant.linear import Precision, SliceEmbedding, SliceLinear
 from mobiquant.models import linear_shapes, load_block, load_slices, parse_config
 from mobiquant.packing import SLICE_BITS, SLICE_COUNT
+from mobiquant.static import RAISES, static_depths
 
 
 class ReferenceModel:
@@ -38,6 +39,7 @@ class ReferenceModel:
         norm: Tensor,
         head: SliceLinear,
         inverse_frequencies: Tensor,
+        static_order: np.ndarray | None,
         exact: bool,
     ) -> None:
         self.config = config
@@ -48,10 +50,10 @@ class ReferenceModel:
         self._head = head
         self._default_output_depth = head.depth
         self._inverse_frequencies = inverse_frequencies
+        self._static_order = static_order
         self._exact = exact
         self._scale = float(np.float32(1.0) / np.sqrt(np.float32(config.head_dim)))
-        sizes = np.array([rows * columns for rows, columns in linear_shapes(config).values()])
-        self._weight_shares = sizes / sizes.sum()
+        self._sizes = np.array([rows * columns for rows, columns in linear_shapes(config).values()])
 
     def set_depth(self, depth: int) -> None:
         """One depth, 1..4, for every token and routed linear."""
@@ -61,9 +63,17 @@ class ReferenceModel:
 
     def set_average_bits(self, bits: float) -> None:
         """Routed: average bits per routed weight, 2..8."""
-        if not SLICE_BITS <= bits <= SLICE_BITS * SLICE_COUNT:
-            raise ValueError(f"average bits: expected {SLICE_BITS}..{SLICE_BITS * SLICE_COUNT}, found {bits}")
+        _check_bits("average bits", bits)
         self._precision.depth, self._precision.average_bits = None, float(bits)
+
+    def set_static_bits(self, bits: float) -> None:
+        """One depth per linear, 2..8 bits on average. Raises ValueError when the checkpoint has no static order."""
+        _check_bits("static bits", bits)
+        if self._static_order is None:
+            raise ValueError(f"static bits: expected tensor {STATIC_ORDER} in the checkpoint, found nothing")
+        depths = static_depths(self._static_order, np.tile(self._sizes, len(self._blocks)), bits)
+        places = ((block, linear) for block in range(len(self._blocks)) for linear in range(len(LINEARS)))
+        self._precision.depth = dict(zip(places, depths.tolist(), strict=True))
 
     def set_output_depth(self, depth: int) -> None:
         """Depth of the output head, 1..4; 0: the checkpoint's default."""
@@ -82,7 +92,7 @@ class ReferenceModel:
     @property
     def bits_read(self) -> float:
         """Average bits per routed weight of the last call."""
-        return float(SLICE_BITS * (self.depths.mean(axis=(0, 1)) @ self._weight_shares))
+        return float(SLICE_BITS * (self.depths.mean(axis=(0, 1)) @ self._sizes) / self._sizes.sum())
 
     @torch.no_grad()
     def logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -116,6 +126,11 @@ class ReferenceModel:
         return functional.scaled_dot_product_attention(*batch, is_causal=True, scale=self._scale).squeeze(0)
 
 
+def _check_bits(name: str, bits: float) -> None:
+    if not SLICE_BITS <= bits <= SLICE_BITS * SLICE_COUNT:
+        raise ValueError(f"{name}: expected {SLICE_BITS}..{SLICE_BITS * SLICE_COUNT}, found {bits}")
+
+
 def open_reference(path: Path | str, device: str = "cpu", *, exact: bool = True) -> ReferenceModel:
     """Open a checkpoint folder. Raises CheckpointError or UnsupportedModelError."""
     checkpoint = open_checkpoint(path)
@@ -131,6 +146,9 @@ def open_reference(path: Path | str, device: str = "cpu", *, exact: bool = True)
     output = embedding if tied else load_slices(read, HEAD, config.vocab_size, config.hidden_size)
     norm = torch.from_numpy(read(FINAL_NORM, np.float32, (config.hidden_size,)))
     frequencies = torch.from_numpy(read(ROTARY_FREQUENCIES, np.float32, (config.head_dim // 2,)))
+    order = None
+    if checkpoint.has(STATIC_ORDER):
+        order = read(STATIC_ORDER, np.int32, (RAISES * len(LINEARS) * config.num_hidden_layers,))
     return ReferenceModel(
         config,
         precision,
@@ -139,5 +157,6 @@ def open_reference(path: Path | str, device: str = "cpu", *, exact: bool = True)
         norm.to(device),
         SliceLinear(output, quantization.output_depth).to(device),
         frequencies.to(device),
+        order,
         exact,
     )
