@@ -1,6 +1,7 @@
 /* session.c: opening and closing sessions, and the checks before a forward pass. */
 #include "session.h"
 
+#include "budget.h"
 #include "error.h"
 #include "memory.h"
 
@@ -80,6 +81,7 @@ static int32_t allocate(mq_session *session, uint32_t n_threads)
     session->depths = own(session, product(ctx, hp->block_count, MQ_LINEARS), sizeof(uint8_t), &failed);
     session->table = own(session, product(hp->block_count, MQ_LINEARS, 1), sizeof(uint8_t), &failed);
     session->thresholds = own(session, product(hp->block_count, MQ_LINEARS, MQ_GATES), sizeof(float), &failed);
+    session->asked_at = own(session, ctx, sizeof(float), &failed);
     session->scratch = own(session, n_threads, sizeof(mq_scratch), &failed);
     /* a thread's scratch in whole cache lines, so that no line is shared */
     const size_t scores = (ctx + LANES - 1) / LANES * LANES;
@@ -237,7 +239,7 @@ mq_status mq_session_eval(mq_session *session, const int32_t *tokens, size_t n, 
     status = check_tokens(session, tokens, n, n_logits, error);
     for (size_t done = 0; done < n && status == MQ_OK;) {
         const size_t left = n - done;
-        const uint32_t count = left < session->n_batch ? (uint32_t)left : session->n_batch;
+        const uint32_t count = mq_budget_begin(session, left < session->n_batch ? (uint32_t)left : session->n_batch);
         const size_t after = left - count; /* tokens still to come */
         const size_t wanted = n_logits > after ? n_logits - after : 0;
         const uint32_t here = wanted < count ? (uint32_t)wanted : count;
@@ -272,6 +274,7 @@ mq_status mq_session_rewind(mq_session *session, uint32_t position, mq_error *er
                          position);
     } else {
         session->position = position;
+        session->stretch_end = 0;
     }
     mq_session_release(session);
     return status;

@@ -35,10 +35,12 @@ struct mq_session {
     uint32_t n_ctx, n_batch, head_dim_padded;
     uint32_t position;
     float attention_scale; /* 1 / sqrt(head_dim) */
-    int32_t routed;        /* 1: the routers decide the depths, 0: the table */
+    float asked_bits;      /* routed: the average asked for; 0: depths from the table */
+    uint32_t stretch_end;  /* routed: the thresholds hold for positions before this one; 0: they must be set */
     uint32_t output_depth;
     uint8_t *table;        /* [block][7] depth of every linear of an unrouted budget */
-    float *thresholds;     /* [block][7][3] at the asked average bits */
+    float *thresholds;     /* [block][7][3] of the present stretch */
+    float *asked_at;       /* [n_ctx] asked_bits of every position */
     uint16_t *keys, *values; /* f16 [block][kv head][n_ctx][head_dim_padded] */
     float *cosine, *sine;  /* [n_ctx][head_dim / 2] */
     uint8_t *depths;       /* [n_ctx][block][7] */
