@@ -30,6 +30,7 @@ from mobiquant.checkpoint import (
     OUTER_FILE,
     ROTARY_FREQUENCIES,
     ROUTER_POINTS,
+    STATIC_ORDER,
     CheckpointError,
     block_file,
     block_name,
@@ -44,10 +45,11 @@ from mobiquant.linear import Precision, SliceEmbedding
 from mobiquant.models import UnsupportedModelError, install_slices, linear_shapes, load_block
 from mobiquant.packing import SLICE_COUNT
 from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask, recipes
-from mobiquant.router import Router, budget_cuts, router_hidden_size
+from mobiquant.router import Router, budget_cuts, expected_gains, router_hidden_size
 from mobiquant.sensitivity import Sensitivity, measure_sensitivity, position_embeddings
 from mobiquant.slices import SlicedWeight, slice_weight
 from mobiquant.source import Source
+from mobiquant.static import static_order
 
 STATE_FILE = "calibration.json"
 _SENSITIVITY_FILE = "sensitivity.safetensors"
@@ -254,6 +256,7 @@ class _Calibration:
         if not self.source.config.tie_word_embeddings:
             outer |= _slice_tensors(HEAD, _sliced(self.source.head(), f"{HEAD}.weight"))
         outer[FINAL_NORM] = self.source.tensor(FINAL_NORM).numpy()
+        outer[STATIC_ORDER] = static_order(expected_gains(scores))
         outer[ROTARY_FREQUENCIES] = self.source.rotary().inv_freq.numpy()
         write_tensors(self.folder / OUTER_FILE, outer)
         for path in _work_files(self.folder):

@@ -5,6 +5,7 @@ The precision in use is shared by all layers of a model through one `Precision`,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,12 +20,12 @@ from mobiquant.slices import SlicedWeight, split_groups
 
 @dataclass
 class Precision:
-    """How many slices the routed linears read: `depth` for every token, or, when it is None, the routers at
-    `average_bits`. budgets: the average bits of the threshold tables. recorded: per block and linear the depths of the
-    last forward pass, uint8 [tokens]."""
+    """How many slices the routed linears read: `depth` for every token, one for all or one per block and linear; when
+    it is None, what the routers give at `average_bits`. budgets: the average bits of the threshold tables. recorded:
+    per block and linear the depths of the last forward pass, uint8 [tokens]."""
 
     budgets: tuple[float, ...]
-    depth: int | None = SLICE_COUNT
+    depth: int | Mapping[tuple[int, int], int] | None = SLICE_COUNT
     average_bits: float = float(SLICE_BITS * SLICE_COUNT)
     recorded: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
@@ -87,7 +88,8 @@ class RoutedLinear(SliceLinear):
     def _depths(self, x: Activations) -> Tensor:
         precision = self._precision
         if precision.depth is not None:
-            return torch.full((len(x.codes),), precision.depth, dtype=torch.uint8, device=x.codes.device)
+            depth = precision.depth if isinstance(precision.depth, int) else precision.depth[self._place]
+            return torch.full((len(x.codes),), depth, dtype=torch.uint8, device=x.codes.device)
         router, head = self._routing
         return router.depths(x, precision.average_bits, precision.budgets)[:, head]
 

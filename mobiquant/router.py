@@ -175,6 +175,15 @@ def budget_cuts(scores_at: Sequence[Sequence[Tensor]], weights: Sequence[int], b
     return np.minimum.accumulate(cuts).astype(np.float32)
 
 
+def expected_gains(scores_at: Sequence[Sequence[Tensor]]) -> np.ndarray:
+    """Gain per bit that the routers expect of each residual slice, averaged over tokens: float64 [L, 3].
+
+    scores_at: as for `budget_cuts`; slice e is judged on inputs from blocks at depth e-1, from where it would be added.
+    """
+    scores = [[linear[:, index] for linear in scores_at[index]] for index in range(RESIDUALS)]
+    return np.array([[values.double().exp2().mean().item() for values in linears] for linears in scores]).T
+
+
 def _spending(scores: Sequence[Tensor], weights: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """(values, shares): a slice is read when its value is above the cut, and then spends its share.
 
