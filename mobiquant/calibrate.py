@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from mobiquant.activations import quantize_activations
 from mobiquant.checkpoint import (
     CONFIG_FILE,
     EMBEDDING,
     FINAL_NORM,
     HEAD,
     INDEX_FILE,
+    LINEARS,
     OUTER_FILE,
     ROTARY_FREQUENCIES,
     ROUTER_POINTS,
@@ -44,15 +44,17 @@ from mobiquant.data import CalibrationWindows, calibration_windows
 from mobiquant.linear import Precision, SliceEmbedding
 from mobiquant.models import UnsupportedModelError, install_slices, linear_shapes, load_block
 from mobiquant.packing import SLICE_COUNT
-from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask, recipes
-from mobiquant.router import Router, budget_cuts, expected_gains, router_hidden_size
+from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask, Recipe, recipes
+from mobiquant.router import expected_gains, router_hidden_size
 from mobiquant.sensitivity import Sensitivity, measure_sensitivity, position_embeddings
 from mobiquant.slices import SlicedWeight, slice_weight
 from mobiquant.source import Source
 from mobiquant.static import static_order
+from mobiquant.thresholds import RouterScores, budget_cuts
 
 STATE_FILE = "calibration.json"
 _SENSITIVITY_FILE = "sensitivity.safetensors"
+_THRESHOLD_WINDOWS = 16
 # Only a run that goes on needs these; a finished folder has none.
 _WORK_FILES = (_SENSITIVITY_FILE, "recipe-*.safetensors")
 
@@ -109,7 +111,7 @@ class _Calibration:
         shapes = linear_shapes(source.config)
         hidden_size = router_hidden_size([[shapes[name] for name in names] for names in ROUTER_POINTS.values()])
         self.quantization = QuantizationConfig(RouterConfig(hidden_size), settings=settings)
-        self.precision = Precision(self.quantization.router.budgets)
+        self.precision = Precision(self.quantization.router.budgets, exact=False)
         self.sizes = [rows * columns for rows, columns in shapes.values()]
         self.positions = position_embeddings(source, settings.seq_len, self.device)
 
@@ -140,6 +142,7 @@ class _Calibration:
                 block = self._saved_block(index).to(self.device)
                 sliced = self._advance_sliced(block, streams, scores)
                 streams = _Streams(targets, sliced, streams.depths)
+        self._tune_routers(recipe, model_task)
         self._finish(scores, table)
 
     def _sensitivity(self, embedding: Tensor) -> Sensitivity:
@@ -232,7 +235,7 @@ class _Calibration:
             training, held_out = windows[windows < samples], windows[windows >= samples]
             for chosen in training.split(self.settings.batch):
                 outputs[chosen] = self._run(block, streams.sliced[chosen])
-            with _RouterScores(block) as recorded:
+            with RouterScores(block) as recorded:
                 for chosen in held_out.split(self.settings.batch):
                     outputs[chosen] = self._run(block, streams.sliced[chosen])
             scores[depth - 1] += recorded.per_linear()
@@ -241,10 +244,34 @@ class _Calibration:
     def _run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         return block(hidden.to(self.device), position_embeddings=self.positions).cpu()
 
+    def _tune_routers(self, recipe: Recipe, task: ModelTask) -> None:
+        """Let the recipe train the routers of all blocks together, and save them in place of the blocks' own."""
+        tuned = recipe.routers(task, self._calibrated_block) or []
+        for index, routers in enumerate(tuned):
+            path = self.folder / block_file(index)
+            tensors = read_tensors(path)
+            for point, router in routers.items():
+                parts = {part: value.numpy() for part, value in router.state_dict().items()}
+                tensors |= {block_name(index, f"router_{point}.{part}"): value for part, value in parts.items()}
+            write_tensors(path, tensors)
+
+    def _calibrated_block(self, index: int) -> CalibratedBlock:
+        block = self._saved_block(index)
+        slices = {name: block.get_submodule(name).sliced() for name in LINEARS}
+        return CalibratedBlock(slices, {point: block.get_submodule(f"router_{point}") for point in ROUTER_POINTS})
+
+    def _cuts(self, table: SlicedWeight) -> np.ndarray:
+        windows = torch.from_numpy(self.windows.held_out[:_THRESHOLD_WINDOWS])
+        hidden = SliceEmbedding(table, self.quantization.embedding_depth)(windows)
+        blocks = [
+            lambda index=index: self._saved_block(index).to(self.device) for index in range(self.source.block_count)
+        ]
+        return budget_cuts(blocks, self._run, hidden, self.precision, self.sizes)
+
     def _finish(self, scores: list[list[Tensor]], table: SlicedWeight) -> None:
         """Set the thresholds in every block, write what lies outside the blocks, then make the folder a checkpoint."""
         count = self.source.block_count
-        cuts = budget_cuts(scores, self.sizes * count, self.quantization.router.budgets)
+        cuts = self._cuts(table)
         for index in range(count):
             path = self.folder / block_file(index)
             tensors = read_tensors(path)
@@ -263,33 +290,6 @@ class _Calibration:
             path.unlink()
         files = [*(block_file(index) for index in range(count)), OUTER_FILE]
         finish_checkpoint(self.folder, self.source.path, self.source.content, self.quantization, files)
-
-
-class _RouterScores:
-    """Records the scores of a block's routers while it runs."""
-
-    def __init__(self, block: nn.Module):
-        self._block = block
-        self._scores: dict[str, list[Tensor]] = {point: [] for point in ROUTER_POINTS}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> _RouterScores:
-        for point, names in ROUTER_POINTS.items():
-            router = self._block.get_submodule(f"router_{point}")
-
-            def record(_: nn.Module, args: tuple[Tensor], point: str = point, router: Router = router) -> None:
-                self._scores[point].append(router.scores(quantize_activations(args[0].flatten(0, -2))).cpu())
-
-            self._hooks.append(self._block.get_submodule(names[0]).register_forward_pre_hook(record))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def per_linear(self) -> list[Tensor]:
-        """float32 [tokens, 3] for every linear, in the order of LINEARS."""
-        return [scores for point in ROUTER_POINTS for scores in torch.cat(self._scores[point]).unbind(1)]
 
 
 def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -> None:

@@ -27,8 +27,8 @@ from mobiquant.static import RAISES, static_depths
 class ReferenceModel:
     """tokens -> logits at any depth or average bits; starts at full depth.
 
-    exact: attention in the runtime's order of sums, so that the logits are the runtime's. Without it torch's own
-    attention is used: many times faster on long windows, and as good, but equal to rounding only.
+    exact: products and attention in the runtime's order of sums, so that the logits are the runtime's. Without it
+    torch's own are used: many times faster, and as good, but equal to rounding only.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ def open_reference(path: Path | str, device: str = "cpu", *, exact: bool = True)
     checkpoint = open_checkpoint(path)
     config = parse_config(checkpoint.config, checkpoint.path)
     quantization, read = checkpoint.quantization, checkpoint.tensor
-    precision = Precision(quantization.router.budgets)
+    precision = Precision(quantization.router.budgets, exact=exact)
     blocks = [
         load_block(read, config, index, quantization.router.hidden_size, precision).to(device)
         for index in range(config.num_hidden_layers)

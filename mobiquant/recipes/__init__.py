@@ -1,13 +1,13 @@
 """Calibration recipes: how a model is turned into slices and routers. The block loop (mobiquant.calibrate) is common.
 
-A recipe is a function from `BlockTask` to `CalibratedBlock`, by the name that `--recipe` takes in `recipes`. One that can
-use the whole model at once chooses the slices before the loop over blocks and tunes the routers after it, in functions
-of a `ModelTask`.
+A recipe is a function from `BlockTask` to `CalibratedBlock`, by the name that `--recipe` takes in `recipes`. One that
+can use the whole model at once chooses the slices before the loop over blocks and tunes the routers after it, in
+functions of a `ModelTask`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,14 +75,15 @@ class CalibratedBlock:
 @dataclass(frozen=True)
 class Recipe:
     """run: calibrates one block; steps: how often it calls `advance`, by whether the slices were chosen before; slices:
-    chooses the slices of every block before the first `run`, or leaves that to it; routers: those of the calibrated
-    blocks, trained further, or None to keep them. The last two find their work again when called after an interruption.
+    chooses the slices of every block before the first `run`, or leaves that to it; routers: from a function that loads
+    calibrated blocks, their routers trained further, or None to keep them. The last two find their work again when
+    called after an interruption.
     """
 
     run: Callable[[BlockTask], CalibratedBlock]
     steps: Callable[[CalibrationSettings, bool], int]
     slices: Callable[[ModelTask], list[dict[str, SlicedWeight]] | None] = lambda _: None
-    routers: Callable[[ModelTask, Sequence[CalibratedBlock]], list[dict[str, Router]] | None] = lambda *_: None
+    routers: Callable[[ModelTask, Callable[[int], CalibratedBlock]], list[dict[str, Router]] | None] = lambda *_: None
 
 
 def recipes() -> dict[str, Recipe]:

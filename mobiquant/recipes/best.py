@@ -1,13 +1,13 @@
 """The best recipe, by measurement: slices trained one after another, then routers fitted to what each slice is worth.
 
 Where the whole model fits on the device, its slices are trained against its own predictions before the loop over blocks
-(mobiquant.recipes.distill), and after the loop its routers too (mobiquant.recipes.route). Where it does not, the slices of
-a block are trained in the loop, against the output of the full-precision block.
+(mobiquant.recipes.distill), and after the loop its routers too (mobiquant.recipes.route). Where it does not, the slices
+of a block are trained in the loop, against the output of the full-precision block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,11 @@ def choose_slices(task: ModelTask) -> list[dict[str, SlicedWeight]] | None:
     return distill(task) if fits(task.source, task.settings, task.device) else None
 
 
-def tune_routers(task: ModelTask, blocks: Sequence[CalibratedBlock]) -> list[dict[str, Router]] | None:
-    """The routers of `blocks`, trained further in the whole model; None when the device cannot hold it."""
-    return train_routers(task, blocks) if fits(task.source, task.settings, task.device) else None
+def tune_routers(task: ModelTask, block: Callable[[int], CalibratedBlock]) -> list[dict[str, Router]] | None:
+    """The routers of all blocks, trained further in the whole model; None when the device cannot hold it."""
+    if not fits(task.source, task.settings, task.device):
+        return None
+    return train_routers(task, [block(index) for index in range(task.source.block_count)])
 
 
 def step_count(settings: CalibrationSettings, slices_chosen: bool) -> int:
@@ -48,7 +50,7 @@ def step_count(settings: CalibrationSettings, slices_chosen: bool) -> int:
 
 
 def calibrate_block(task: BlockTask) -> CalibratedBlock:
-    """Train the slices, unless `task` brings them, and fit the routers to them; the task's block is changed in place."""
+    """Train the slices, unless `task` brings them, and fit routers to them; the task's block is changed in place."""
     slices = task.slices or _train_slices(task)
     layers = {name: _FrozenLinear(task.block.get_submodule(name).weight, slices[name]) for name in LINEARS}
     for name, layer in layers.items():

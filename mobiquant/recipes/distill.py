@@ -65,7 +65,9 @@ def _distill_slice(
     for layer in model.layers.values():
         layer.begin(number)
     optimizer = slice_optimizer(model.layers)
-    trained = {f"{name}.{part}": value for name, layer in model.layers.items() for part, value in layer.trained().items()}
+    trained = {
+        f"{name}.{part}": value for name, layer in model.layers.items() for part, value in layer.trained().items()
+    }
     if done:
         load_trained(path, trained, optimizer, done)
 

@@ -1,7 +1,7 @@
 """Training windows for a whole model: each of the calibration text's once, the rest written by the model itself.
 
-Thousands of steps on a few megabytes of text would fit that text and not the model. What the original model writes when
-it samples from its own predictions, after a few tokens of the text, has no end and is just what it must keep predicting.
+Thousands of steps on a few megabytes of text would fit that text and not the model. What the original model writes, when
+it samples from its own predictions after a few tokens of the text, has no end, and is what it must keep predicting.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CACHE_SHARE = 0.2
 
 
 def training_windows(task: ModelTask, count: int) -> np.ndarray:
-    """int64 [count, seq_len] in seeded order. A window comes at most once while the text lasts, own ones about twice."""
+    """int64 [count, seq_len] in seeded order. A window of the text comes at most once, an own one about twice."""
     text = task.windows(count)
     real = text.training[: min(count, text.distinct)]
     missing = count - len(real)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ class _PricedLinear(nn.Module):
         self.original = True
         dtype = torch.bfloat16 if weight.is_cuda else torch.float32
         depths = [unslice_weight(sliced, depth).to(weight.device) for depth in range(1, SLICE_COUNT + 1)]
-        steps = [high - low for low, high in zip(depths, depths[1:], strict=False)]
+        steps = [high - low for low, high in pairwise(depths)]
         self.steps = [step.to(dtype) for step in (depths[0], *steps)]
         self._pricing = pricing
         self._routing: tuple[_SharedScores, int] | None = None
@@ -152,9 +153,7 @@ class _RoutedModel:
 
     def __init__(self, task: ModelTask, blocks: Sequence[CalibratedBlock]):
         self._pricing = _Pricing()
-        slices = {
-            block_name(index, name): block.slices[name] for index, block in enumerate(blocks) for name in LINEARS
-        }
+        slices = {block_name(index, name): block.slices[name] for index, block in enumerate(blocks) for name in LINEARS}
         self._model = WholeModel(task, lambda name, weight: _PricedLinear(weight, slices[name], self._pricing))
         self._shared: dict[tuple[int, str], _SharedScores] = {}
         for index, block in enumerate(blocks):
