@@ -21,7 +21,7 @@ from mobiquant.recipes.distill import distill, slice_steps
 from mobiquant.recipes.gains import fit_router, measure_gains
 from mobiquant.recipes.route import train_routers
 from mobiquant.recipes.trained_slice import TrainedSlice, slice_optimizer, train_slice
-from mobiquant.recipes.whole import fits
+from mobiquant.recipes.whole import fits, tensor_cores
 from mobiquant.router import Router, TrainableRouter
 from mobiquant.slices import SlicedWeight, unslice_weight
 
@@ -110,7 +110,8 @@ def _train_slices(task: BlockTask) -> dict[str, SlicedWeight]:
             return (error.mean() + _ERROR_FLOOR).log()
 
         stage = f"slice {number}/{SLICE_COUNT}"
-        train_slice(layers, slice_optimizer(layers), range(count), loss, lambda _, stage=stage: task.advance(stage))
+        with tensor_cores():
+            train_slice(layers, slice_optimizer(layers), range(count), loss, lambda _, stage=stage: task.advance(stage))
     for name, linear in originals.items():
         task.block.set_submodule(name, linear)
     return {name: layer.sliced() for name, layer in layers.items()}

@@ -13,7 +13,7 @@ from mobiquant.recipes import ModelTask
 from mobiquant.recipes.own_text import training_windows
 from mobiquant.recipes.progress import load_frozen, load_trained, save_progress
 from mobiquant.recipes.trained_slice import Passing, TrainedSlice, slice_optimizer, train_slice
-from mobiquant.recipes.whole import WholeModel
+from mobiquant.recipes.whole import WholeModel, tensor_cores
 from mobiquant.slices import SlicedWeight
 
 _FILE = "recipe-slices.safetensors"
@@ -45,7 +45,8 @@ def distill(task: ModelTask) -> list[dict[str, SlicedWeight]]:
     _restore(model, frozen)
     if first <= SLICE_COUNT:
         windows = torch.from_numpy(training_windows(task, sum(steps) * task.settings.distill_batch))
-        with tqdm(total=sum(steps), initial=sum(steps[: first - 1]) + done, unit="step", smoothing=0.05) as bar:
+        finished = sum(steps[: first - 1]) + done
+        with tqdm(total=sum(steps), initial=finished, unit="step", smoothing=0.05) as bar, tensor_cores():
             for number in range(first, SLICE_COUNT + 1):
                 _distill_slice(model, passing, task, number, done, windows, bar)
                 done = 0

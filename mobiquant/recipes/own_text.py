@@ -1,7 +1,7 @@
 """Training windows for a whole model: each of the calibration text's once, the rest written by the model itself.
 
-Thousands of steps on a few megabytes of text would fit that text and not the model. What the original model writes, when
-it samples from its own predictions after a few tokens of the text, has no end, and is what it must keep predicting.
+Thousands of steps on a few megabytes of text would fit that text and not the model. What the original model writes,
+sampling from its own predictions after a few tokens of the text, has no end, and is what it must keep predicting.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ _FILE = "recipe-text.safetensors"
 # Tokens of the text that a window of the model's own begins with.
 _PROMPT = 32
 _LARGEST_BATCH = 2048
+_REPEATS = 3
 # Share of the device's memory for keys and values; generation copies them at every token.
 _CACHE_SHARE = 0.2
 
 
 def training_windows(task: ModelTask, count: int) -> np.ndarray:
-    """int64 [count, seq_len] in seeded order. A window of the text comes at most once, an own one about twice."""
+    """int64 [count, seq_len] in seeded order. A window of the text comes at most once, an own one about three times."""
     text = task.windows(count)
     real = text.training[: min(count, text.distinct)]
     missing = count - len(real)
     random = np.random.default_rng(task.settings.seed)
     if missing:
-        prompts = task.windows(count + (missing + 1) // 2).training[count:, :_PROMPT]
+        prompts = task.windows(count + -(-missing // _REPEATS)).training[count:, :_PROMPT]
         own = _written(task, prompts)
         real = np.concatenate((real, own[np.resize(random.permutation(len(own)), missing)]))
     return real[random.permutation(count)]

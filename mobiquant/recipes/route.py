@@ -24,7 +24,7 @@ from mobiquant.recipes import CalibratedBlock, ModelTask
 from mobiquant.recipes.distill import DIVERGENCE_FLOOR
 from mobiquant.recipes.own_text import training_windows
 from mobiquant.recipes.progress import load_frozen, load_trained, save_progress
-from mobiquant.recipes.whole import WholeModel
+from mobiquant.recipes.whole import WholeModel, tensor_cores
 from mobiquant.router import Router, TrainableRouter, spending_cut, straight_through_gates
 from mobiquant.slices import SlicedWeight, unslice_weight
 
@@ -60,7 +60,7 @@ def train_routers(task: ModelTask, blocks: Sequence[CalibratedBlock]) -> list[di
     if path.is_file():
         (done,), _ = load_frozen(path)
         load_trained(path, model.trained, optimizer, done)
-    with tqdm(total=steps, initial=done, desc="routers", unit="step", smoothing=0.05) as bar:
+    with tqdm(total=steps, initial=done, desc="routers", unit="step", smoothing=0.05) as bar, tensor_cores():
         for step in range(done, steps):
             rate = _RATE * min(1.0, (step + 1) / (_WARMUP * steps)) * (1 - step / steps)
             optimizer.param_groups[0]["lr"] = rate

@@ -49,18 +49,17 @@ class WholeModel:
     def divergence(self, ids: Tensor, half: bool) -> Tensor:
         """Mean KL divergence of the predictions from the original model's, nats a token; ids: int64 [n, seq_len].
 
-        half: products in bfloat16 on a GPU, TF32 otherwise.
+        half: products in bfloat16 on a GPU.
         """
-        with _tensor_cores():
-            with torch.no_grad():
-                expected = self._log_probs(ids, half, original=True)
-            found = self._log_probs(ids, half, original=False)
+        with torch.no_grad():
+            expected = self._log_probs(ids, half, original=True)
+        found = self._log_probs(ids, half, original=False)
         return functional.kl_div(found, expected, reduction="sum", log_target=True) / ids.numel()
 
     @torch.no_grad()
     def run(self, ids: Tensor) -> None:
-        """A forward pass for what it leaves in the layers."""
-        self._log_probs(ids, half=False, original=False)
+        """A forward pass, in bfloat16 on a GPU, for what it leaves in the layers."""
+        self._log_probs(ids, half=True, original=False)
 
     def _log_probs(self, ids: Tensor, half: bool, original: bool) -> Tensor:
         for layer in self.layers.values():
@@ -86,7 +85,7 @@ def fits(source: Source, settings: CalibrationSettings, device: torch.device) ->
 
 
 @contextmanager
-def _tensor_cores() -> Iterator[None]:
+def tensor_cores() -> Iterator[None]:
     """float32 products in TF32 on a GPU, and as before afterwards."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
