@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+import torch
 from benchmarks.baselines import __main__ as baselines
 from benchmarks.baselines.gptq import gptq, gptq_weights
 from benchmarks.baselines.grid import bits_per_weight
@@ -34,8 +35,8 @@ def correlated_inputs(columns: int) -> torch.Tensor:
 
 
 def levels_used(rounded: torch.Tensor, weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Which of the 2^bits levels between the ends of each group `rounded` takes, bool [rows, groups, 2^bits]; fails when
-    a value is none of them, beyond what float16 scales and offsets explain."""
+    """Which of the 2^bits levels between the ends of each group `rounded` takes, bool [rows, groups, 2^bits]; fails
+    when a value is none of them, beyond what float16 scales and offsets explain."""
     groups = split_groups(weight)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     levels = low + (high - low) * torch.linspace(0, 1, 2**bits)
