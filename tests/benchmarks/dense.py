@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from mobiquant.checkpoint import LINEARS, block_name
-from mobiquant.evaluate import open_model
 
 
 class DenseModel:
     """A Hugging Face folder in float32 on `device`, one window at a time. It starts with its own weights."""
 
     def __init__(self, path: Path, device: str):
-        self._model = open_model(path).to(device)
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(device)
         self._device = device
         blocks = range(self._model.config.num_hidden_layers)
         names = [block_name(index, name) for index in blocks for name in LINEARS]

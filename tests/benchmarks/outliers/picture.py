@@ -18,38 +18,44 @@ _BITS = [f"{2 * depth}" for depth in DEPTHS]
 # Okabe and Ito's colours, told apart by the colour-blind; one for each depth.
 _DEPTH_COLOURS = ("#D55E00", "#E69F00", "#0072B2", "#009E73")
 _BUDGET_STYLES = (("#56B4E9", "s"), ("#CC79A7", "o"), ("#000000", "^"))
-_PASSAGE_CHARACTERS = 92
+_WIDTH, _HEIGHT = 9.6, 5.4
+_FONT_SIZE = 9
+# Of DejaVu Sans Mono, which comes with matplotlib, as a share of the font size; 72 points an inch.
+_CHARACTER_WIDTH = 0.602 * _FONT_SIZE / 72
+_LABEL_CHARACTERS = 8
+_PASSAGE_CHARACTERS = 106
 _PROSE = re.compile(r"[A-Za-z ,.;:!?'\"-]+")
 
 
 def draw(measured: Measured, pieces: list[str], path: Path) -> None:
     """Write the figure to `path`; its suffix decides the format. pieces: the decoded tokens."""
     # Fixed names inside the file: the same numbers give the same bytes.
-    with mpl.rc_context({"svg.hashsalt": "outliers", "font.size": 9, "axes.titlesize": 9.5}):
-        figure = Figure(figsize=(9.6, 5.4), layout="constrained")
+    with mpl.rc_context({"svg.hashsalt": "outliers", "font.size": _FONT_SIZE, "axes.titlesize": 9.5}):
+        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         upper, lower = figure.subfigures(2, 1, height_ratios=[3.1, 1.9])
-        left, middle, right = upper.subplots(1, 3, gridspec_kw={"width_ratios": [1, 1, 1.55]})
+        overlap, routing = upper.subfigures(1, 2, width_ratios=[1.2, 1])
+        left, right = overlap.subplots(1, 2, sharey=True)
         _draw_overlap(left, linear_shares_kept(measured).mean(0), "by a linear's error (mean)")
         prediction = shares_kept(measured.divergence, measured.control_divergence)
-        _draw_overlap(middle, prediction, "by the model's divergence")
-        upper.text(0.01, 0.985, "Outlier tokens that two precisions share, %", ha="left", va="top", weight="bold")
-        upper.text(0.01, 0.925, "diagonal: the same precision rounded another way", ha="left", va="top")
-        _draw_routing(right, measured)
-        _draw_passage(lower.subplots(), measured, pieces)
+        _draw_overlap(right, prediction, "by the model's divergence")
+        left.set_ylabel("bits per weight")
+        overlap.suptitle("Outlier tokens that two precisions share, %", weight="bold", fontsize=9.5)
+        overlap.supxlabel("bits per weight\nframed: the same precision, rounded another way", fontsize=_FONT_SIZE)
+        _draw_routing(routing.subplots(), measured)
+        _draw_passage(lower.add_axes((0.01, 0.0, 0.98, 0.84)), measured, pieces)
         figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _draw_overlap(axes: Axes, kept: np.ndarray, title: str) -> None:
     percent = 100 * kept
-    axes.imshow(percent, cmap="cividis", vmin=0, vmax=100)
+    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     for row, values in enumerate(percent):
         for column, value in enumerate(values):
-            colour = "black" if value > 55 else "white"
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour)
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > 60 else "black")
+        axes.add_patch(Rectangle((row - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=1.5))
     axes.set_xticks(range(len(_BITS)), _BITS)
     axes.set_yticks(range(len(_BITS)), _BITS)
-    axes.set_xlabel("bits per weight")
-    axes.set_title("\n\n" + title)
+    axes.set_title(title)
 
 
 def _draw_routing(axes: Axes, measured: Measured) -> None:
@@ -70,20 +76,21 @@ def _draw_passage(axes: Axes, measured: Measured, pieces: list[str]) -> None:
     """A line of the text once for every depth, the tokens boxed after which the prediction is an outlier there."""
     mask = outliers(measured.divergence)
     first, last = _liveliest(mask, pieces)
-    axes.set_xlim(-7, _PASSAGE_CHARACTERS + 1)
+    # One unit is one character, so that boxes stand where the characters are.
+    axes.set_xlim(-_LABEL_CHARACTERS, 0.98 * _WIDTH / _CHARACTER_WIDTH - _LABEL_CHARACTERS)
     axes.set_ylim(len(DEPTHS) - 0.4, -0.6)
     axes.axis("off")
     for row, colour in enumerate(_DEPTH_COLOURS):
         axes.text(-1.5, row, f"{_BITS[row]} bits", ha="right", va="center", color=colour, weight="bold")
         column = 0
-        for place in range(first, last):
-            for character in pieces[place]:
-                axes.text(column + 0.5, row, character, ha="center", va="center", family="monospace")
-                column += 1
-            if mask[row, place]:
-                width = len(pieces[place])
-                box = Rectangle((column - width, row - 0.42), width, 0.84, color=colour, alpha=0.45, linewidth=0)
-                axes.add_patch(box)
+        for piece, marked in zip(pieces[first:last], mask[row, first:last], strict=True):
+            if marked:
+                box = (column, row - 0.42), len(piece), 0.84
+                axes.add_patch(Rectangle(*box, color=colour, alpha=0.45, linewidth=0))
+            word = piece.strip()
+            start = column + piece.index(word)
+            axes.text(start, row, word, ha="left", va="center_baseline", family="DejaVu Sans Mono")
+            column += len(piece)
     share = f"{100 * OUTLIER_SHARE:.0f} %"
     axes.set_title(f"One line of the text: after a marked token the prediction suffers most ({share})", weight="bold")
 

@@ -99,8 +99,17 @@ def _concentration(measured: Measured) -> str:
 def _kinds(measured: Measured, kinds: np.ndarray) -> str:
     shares = [kind_shares(kinds, mask) for mask in outliers(measured.divergence)]
     text = kind_shares(kinds, np.ones(len(kinds), bool))
-    rows = [[kind, _fine(share), *(_fine(found[kind]) for found in shares)] for kind, share in text.items()]
-    return _markdown(["token before the prediction", "of all", *(f"outliers at {bits} bits" for bits in _BITS)], rows)
+    given = mean_bits(measured)
+    rows = [
+        [
+            kind,
+            *(_fine(part[kind]) for part in (text, *shares)),
+            *(f"{bits.mean():.2f}" for bits in given[:, kinds == kind]),
+        ]
+        for kind in text
+    ]
+    head = ["token before the prediction", "of all", *(f"outliers at {bits} bits" for bits in _BITS)]
+    return _markdown([*head, *(f"given, asked {budget}" for budget in BUDGETS)], rows)
 
 
 def _fine(share: float) -> str:
