@@ -35,15 +35,25 @@ def main() -> int:
     parser.add_argument("--picture", type=Path, metavar="FILE", help=".svg or .png")
     parser.add_argument("--page", type=Path, metavar="FILE", help="a page whose tables are replaced")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
-    options = parser.parse_args()
-    source = open_source(options.model)
-    tokenizer = source.tokenizer()
-    ids = tokenizer.encode(clean_text(read_text(options.text)), add_special_tokens=False).ids
-    windows = make_windows(ids, "all", source.context_length, source.config.bos_token_id)[: options.windows]
-    whole = [window.tokens for window in windows if len(window.tokens) == source.context_length]
-    if not whole:
-        print(f"error: {options.text}: expected {source.context_length} tokens, found {len(ids)}", file=sys.stderr)
+    try:
+        run(parser.parse_args())
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print, and write what was asked for. Raises ValueError and its subclasses, or OSError."""
+    source = open_source(options.model)
+    tokenizer, context = source.tokenizer(), source.context_length
+    ids = tokenizer.encode(clean_text(read_text(options.text)), add_special_tokens=False).ids
+    windows = make_windows(ids, "all", context, source.config.bos_token_id)[: options.windows]
+    whole = [window.tokens for window in windows if len(window.tokens) == context]
+    if not whole:
+        raise ValueError(f"{options.text}: expected {context} tokens, found {len(ids)}")
     measured = measure(options.checkpoint, source, np.stack(whole), options.device)
     pieces = [tokenizer.decode([int(token)], skip_special_tokens=False) for token in measured.tokens]
     tables = report(measured, pieces, np.array([token_kind(piece) for piece in pieces]))
@@ -54,7 +64,6 @@ def main() -> int:
         from .picture import draw
 
         draw(measured, pieces, options.picture)
-    return 0
 
 
 def replace_tables(page: Path, tables: str) -> None:

@@ -81,7 +81,7 @@ def _examples(measured: Measured) -> list[int]:
 
 
 def _concentration(measured: Measured) -> str:
-    """What share of each depth's divergence falls on the outliers of each depth, and how ranks agree with 2 bits."""
+    """What share of a depth's divergence falls on the outliers of another, and what its ranks agree with."""
     divergence = measured.divergence
     mask = outliers(divergence)
     total = divergence.sum(-1)
@@ -92,6 +92,10 @@ def _concentration(measured: Measured) -> str:
         )
     rows.append(
         ["rank correlation with 2 bits", *(f"{rank_correlation(divergence[0], values):.2f}" for values in divergence)]
+    )
+    predicted = zip(measured.cost.sum(0), divergence, strict=True)
+    rows.append(
+        ["rank correlation with the expected cost", *(f"{rank_correlation(cost, kl):.2f}" for cost, kl in predicted)]
     )
     return _markdown(["weights alone", *(f"{bits} bits" for bits in _BITS)], rows)
 
