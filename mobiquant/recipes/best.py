@@ -18,7 +18,7 @@ from mobiquant.config import CalibrationSettings
 from mobiquant.packing import SLICE_COUNT
 from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask
 from mobiquant.recipes.distill import distill, slice_steps
-from mobiquant.recipes.gains import fit_router, measure_gains
+from mobiquant.recipes.gains import fit_router, measure_gains, set_level
 from mobiquant.recipes.route import train_routers
 from mobiquant.recipes.trained_slice import TrainedSlice, slice_optimizer, train_slice
 from mobiquant.recipes.whole import fits, tensor_cores
@@ -28,6 +28,9 @@ from mobiquant.slices import SlicedWeight, unslice_weight
 # What a block takes of the steps and of the windows per step that a whole model takes.
 _STEP_SHARE = 0.5
 _BATCH_SHARE = 0.25
+# How much of a token's own gain, against its linear's mean, a score keeps: gains measured one by one spread more than
+# what a slice is worth beside all others, where large errors no longer add up.
+_TOKEN_SHARE = 0.5
 # Relative error below which a better slice is no gain.
 _ERROR_FLOOR = 1e-6
 
@@ -67,6 +70,9 @@ def calibrate_block(task: BlockTask) -> CalibratedBlock:
         columns = layers[names[0]].weights[0].shape[1]
         router = TrainableRouter(columns, len(names), task.quantization.router.hidden_size, task.generator)
         fit_router(router.to(task.device), examples[point], task.settings.router_lr, task.generator)
+        with torch.no_grad():
+            router.head *= _TOKEN_SHARE
+        set_level(router, examples[point])
         routers[point] = router.freeze(len(task.quantization.router.budgets))
         task.advance("routers")
     return CalibratedBlock(slices, routers)
