@@ -55,6 +55,8 @@ from mobiquant.thresholds import RouterScores, budget_cuts
 STATE_FILE = "calibration.json"
 _SENSITIVITY_FILE = "sensitivity.safetensors"
 _THRESHOLD_WINDOWS = 16
+# Tokens that pass a block together where nothing is trained.
+_PASS_TOKENS = 16384
 # Only a run that goes on needs these; a finished folder has none.
 _WORK_FILES = (_SENSITIVITY_FILE, "recipe-*.safetensors")
 
@@ -108,6 +110,7 @@ class _Calibration:
         self.source, self.folder, self.settings = source, folder, settings
         self.windows, self._draw_windows = windows(settings.samples), windows
         self.device = torch.device(settings.device)
+        self.batch = max(1, _PASS_TOKENS // settings.seq_len)
         shapes = linear_shapes(source.config)
         hidden_size = router_hidden_size([[shapes[name] for name in names] for names in ROUTER_POINTS.values()])
         self.quantization = QuantizationConfig(RouterConfig(hidden_size), settings=settings)
@@ -149,7 +152,7 @@ class _Calibration:
         path = self.folder / _SENSITIVITY_FILE
         if not path.is_file():
             windows, settings = self.windows.training, self.settings
-            measured = measure_sensitivity(self.source, embedding, windows, settings.batch, settings.seed, self.device)
+            measured = measure_sensitivity(self.source, embedding, windows, self.batch, settings.seed, self.device)
             measured.save(path)
         return Sensitivity.load(path)
 
@@ -221,7 +224,7 @@ class _Calibration:
 
     @torch.no_grad()
     def _advance_exact(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        batches = hidden.split(self.settings.batch)
+        batches = hidden.split(self.batch)
         return torch.cat([block(x.to(self.device), position_embeddings=self.positions).cpu() for x in batches])
 
     @torch.no_grad()
@@ -233,10 +236,10 @@ class _Calibration:
             self.precision.depth = depth
             windows = torch.nonzero(streams.depths == depth).flatten()
             training, held_out = windows[windows < samples], windows[windows >= samples]
-            for chosen in training.split(self.settings.batch):
+            for chosen in training.split(self.batch):
                 outputs[chosen] = self._run(block, streams.sliced[chosen])
             with RouterScores(block) as recorded:
-                for chosen in held_out.split(self.settings.batch):
+                for chosen in held_out.split(self.batch):
                     outputs[chosen] = self._run(block, streams.sliced[chosen])
             scores[depth - 1] += recorded.per_linear()
         return outputs
