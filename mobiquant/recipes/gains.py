@@ -22,7 +22,7 @@ from mobiquant.recipes import BlockTask
 from mobiquant.router import TrainableRouter
 
 TOKENS_PER_WINDOW = 128
-_FIT_STEPS = 300
+_FIT_STEPS = 200
 _FIT_TOKENS = 1024
 _LEAST_GAIN = 1e-30
 
