@@ -43,6 +43,7 @@ from mobiquant.config import CalibrationSettings, QuantizationConfig, RouterConf
 from mobiquant.data import CalibrationWindows, calibration_windows
 from mobiquant.linear import Precision, SliceEmbedding
 from mobiquant.models import UnsupportedModelError, install_slices, linear_shapes, load_block
+from mobiquant.outer import measure_outer
 from mobiquant.packing import SLICE_COUNT
 from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask, Recipe, recipes
 from mobiquant.router import expected_gains, router_hidden_size
@@ -282,9 +283,15 @@ class _Calibration:
                 name = block_name(index, f"router_{point}.threshold")
                 tensors[name] = np.broadcast_to(cuts, tensors[name].shape)
             write_tensors(path, tensors)
-        outer = _slice_tensors(EMBEDDING, table)
+        outer, head = _slice_tensors(EMBEDDING, table), table
         if not self.source.config.tie_word_embeddings:
-            outer |= _slice_tensors(HEAD, _sliced(self.source.head(), f"{HEAD}.weight"))
+            head = _sliced(self.source.head(), f"{HEAD}.weight")
+            outer |= _slice_tensors(HEAD, head)
+        costs = measure_outer(self.source, table, head, self.windows.held_out, self.settings.batch, self.device)
+        embedding_depth, output_depth = costs.choose()
+        quantization = dataclasses.replace(
+            self.quantization, embedding_depth=embedding_depth, output_depth=output_depth
+        )
         outer[FINAL_NORM] = self.source.tensor(FINAL_NORM).numpy()
         outer[STATIC_ORDER] = static_order(expected_gains(scores))
         outer[ROTARY_FREQUENCIES] = self.source.rotary().inv_freq.numpy()
@@ -292,7 +299,7 @@ class _Calibration:
         for path in _work_files(self.folder):
             path.unlink()
         files = [*(block_file(index) for index in range(count)), OUTER_FILE]
-        finish_checkpoint(self.folder, self.source.path, self.source.content, self.quantization, files)
+        finish_checkpoint(self.folder, self.source.path, self.source.content, quantization, files)
 
 
 def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -> None:
