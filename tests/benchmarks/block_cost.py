@@ -76,7 +76,10 @@ class Clock:
         return call
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """The recipe with its phases timed: a stage is what ends with `advance` naming it."""
+        """The recipe with its phases timed: a stage is what ends with `advance` naming it.
+
+        What it would do with a whole model, where that fits on the device, is left out: one block always fits.
+        """
 
         def run(task: BlockTask) -> CalibratedBlock:
             def advance(stage: str) -> None:
@@ -88,8 +91,8 @@ class Clock:
             self.mark("after the last step")
             return result
 
-        slices = recipe.slices and self.timed("slices of the whole model", recipe.slices)
-        return dataclasses.replace(recipe, run=run, slices=slices)
+        whole_model = [item.name for item in dataclasses.fields(Recipe) if item.name not in ("run", "steps")]
+        return dataclasses.replace(recipe, run=run, **dict.fromkeys(whole_model, lambda *_: None))
 
 
 @contextmanager
