@@ -32,6 +32,14 @@ class Budget:
         return cls(float(bits), routed=not isinstance(bits, Integral))
 
     @classmethod
+    def parse(cls, text: str) -> Budget:
+        """As written by a user: "4" is one precision for every token, "4.0" an average."""
+        try:
+            return cls(float(text), routed=False) if text.isdecimal() else cls(float(text), routed=True)
+        except ValueError as error:
+            raise ValueError(f"budget {text!r}: {error}") from error
+
+    @classmethod
     def requested(cls, bits: int | None, avg_bits: float | None) -> Budget | None:
         """From the two ways to ask, of which at most one may be given; None when neither is."""
         if bits is not None and avg_bits is not None:
