@@ -33,12 +33,19 @@ class Precision:
 
     @property
     def kind(self) -> str:
-        """"routed" token by token, "static" per linear, "uniform" for one depth everywhere, or "full"."""
+        """ "routed" token by token, "static" per linear, "uniform" for one depth everywhere, or "full"."""
         if self.budget is None:
             return "full"
         if self.budget.routed:
             return "routed"
         return "static" if ":" in self.name else "uniform"
+
+    @property
+    def label(self) -> str:
+        """How a table calls it: "4 uniform", "3.0 routed", "static:3", "full precision"."""
+        if self.budget is None:
+            return "full precision"
+        return self.name if self.kind == "static" else f"{self.name} {self.kind}"
 
 
 FULL = Precision("full", None)
@@ -61,7 +68,7 @@ class Row:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits read per routed weight with all that belongs to it: slices, scales and offsets, routers when they ran."""
+        """Bits read per routed weight: slices, scales and offsets, and routers when they ran."""
         return self.bits + self.overhead
 
 

@@ -1,4 +1,4 @@
-"""The folders that torch evaluates: a calibrated checkpoint as the reference model, and full precision by transformers."""
+"""The folders that torch evaluates: a checkpoint by mobiquant.reference, and full precision by transformers."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ class CheckpointBackend:
         config = self._model.config
         self.tokenizer = _read_tokenizer(path, config)
         self.n_ctx = n_ctx or config.max_position_embeddings
-        self.scale_bits, self.router_bits = overhead_bits(
-            config, open_checkpoint(path).quantization.router.hidden_size
-        )
+        self.scale_bits, self.router_bits = overhead_bits(config, open_checkpoint(path).quantization.router.hidden_size)
         self.bits_read = float("nan")
 
     def set_budget(self, budget: Budget | None) -> None:
@@ -81,7 +79,7 @@ class FullPrecisionBackend:
 
     def set_budget(self, budget: Budget | None) -> None:
         if budget is not None:
-            raise ValueError(f"{self._path}: a budget needs a calibrated checkpoint or a GGUF file: found full precision")
+            raise ValueError(f"{self._path}: expected a GGUF file or a checkpoint for a budget, found full precision")
         self._cache, self._cached = DynamicCache(config=self._model.config), []
 
     @torch.no_grad()

@@ -33,9 +33,11 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """As written by a user: "4" is one precision for every token, "4.0" an average."""
+        """As a user writes it in a list: "4" is one precision for every token, "4.0" an average. Raises ValueError."""
         try:
-            return cls(float(text), routed=False) if text.isdecimal() else cls(float(text), routed=True)
+            if text.isdecimal():
+                return cls.of(int(text))
+            return cls.of(float(text) if "." in text and ":" not in text else text)
         except ValueError as error:
             raise ValueError(f"budget {text!r}: {error}") from error
 
