@@ -93,7 +93,7 @@ class MobiQuantLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log probability of each whole text, cut into windows of the context that predict every token once."""
         results = []
-        for request in tqdm(requests, desc="texts", disable=disable_tqdm):
+        for request in tqdm(requests, desc="texts", disable=disable_tqdm or None):
             (text,) = request.args
             windows = get_rolling_token_windows(
                 self.tok_encode(text, add_special_tokens=False), self.prefix_token_id, self.max_length, context_len=1
@@ -106,7 +106,7 @@ class MobiQuantLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each context up to a stop string, an end token or `max_gen_toks`; greedy unless `do_sample`."""
         results = []
-        for request in tqdm(requests, desc="generations", disable=disable_tqdm):
+        for request in tqdm(requests, desc="generations", disable=disable_tqdm or None):
             context, arguments = request.args
             results.append(self._generate(context, arguments))
             self.cache_hook.add_partial("generate_until", request.args, results[-1])
@@ -119,7 +119,7 @@ class MobiQuantLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         results = []
-        for key, context, continuation in tqdm(requests, desc="choices", disable=disable_tqdm):
+        for key, context, continuation in tqdm(requests, desc="choices", disable=disable_tqdm or None):
             results.append(self._score(context, continuation))
             self.cache_hook.add_partial("loglikelihood", key, results[-1])
         return results
@@ -144,7 +144,7 @@ class MobiQuantLM(TemplateLM):
         stops = [stop for stop in settings["until"] if stop]
         sampler = Sampler(
             SamplingSettings(
-                temperature=settings["temperature"],
+                temperature=settings.get("temperature", 0.0),
                 top_k=int(arguments.get("top_k", 0)),
                 top_p=float(arguments.get("top_p", 1.0)),
                 min_p=0.0,

@@ -69,12 +69,13 @@ class FullPrecisionBackend:
 
     def __init__(self, path: Path, device: str, n_ctx: int) -> None:
         self._path = path
+        stored = open_source(str(path)).config.dtype or torch.float32
         self._model = open_full_precision(path).to(device)
         config = self._model.config
         self.tokenizer = _read_tokenizer(path, config)
         self.n_ctx = n_ctx or config.max_position_embeddings
-        # The precision of the weights as stored; they are computed with in float32.
-        self.bits_read = float(torch.finfo(config.dtype or torch.float32).bits)
+        # Of the weights as stored; they are computed with in float32.
+        self.bits_read = float(torch.finfo(stored).bits)
         self._cache, self._cached = DynamicCache(config=config), []
 
     def set_budget(self, budget: Budget | None) -> None:
