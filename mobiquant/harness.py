@@ -151,7 +151,8 @@ class MobiQuantLM(TemplateLM):
                 seed=0,  # the same answers at every run
             )
         )
-        limit = min(settings["max_gen_toks"], self.max_length - 1)
+        # A short context keeps at least half of itself for the prompt.
+        limit = min(settings["max_gen_toks"], self.max_length // 2)
         prompt = self.tok_encode(context)[-(self.max_length - limit) :]
         generated: list[int] = []
         text = ""
