@@ -33,7 +33,7 @@ class Precision:
 
     @property
     def kind(self) -> str:
-        """ "routed" token by token, "static" per linear, "uniform" for one depth everywhere, or "full"."""
+        """How bits are spent: "uniform", one depth everywhere; "static" per linear; "routed" by token; or "full"."""
         if self.budget is None:
             return "full"
         if self.budget.routed:
