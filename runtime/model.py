@@ -182,6 +182,15 @@ class Model:
         """Forget all tokens."""
         self._rewind(0)
 
+    def reuse(self, tokens: Sequence[int]) -> int:
+        """Keep of the cache what begins `tokens` and was computed at the present budget, and forget the rest.
+
+        Returns how many tokens are kept: never the last, which is computed again for its logits.
+        """
+        count = self._reusable(list(tokens))
+        self._rewind(count)
+        return count
+
     def eval(self, tokens: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Evaluate tokens after those in the cache.
 
@@ -227,7 +236,7 @@ class Model:
         """
         sampler = Sampler(sampling or SamplingSettings(seed=self.seed))
         sequence = [int(token) for token in tokens]
-        self.reuse(sequence)
+        self._rewind(self._reusable(sequence))
         pending = sequence[self.position :]
         while True:
             token = sampler.sample(self.eval(pending), sequence)
@@ -243,15 +252,12 @@ class Model:
         self._session.rewind(position)
         del self._history[position:]
 
-    def reuse(self, tokens: Sequence[int]) -> int:
-        """Keep of the cache what begins `tokens` and was computed at the present budget, and forget the rest.
-
-        Returns how many tokens are kept: never the last, which is computed again for its logits.
-        """
+    def _reusable(self, tokens: list[int]) -> int:
+        """How many tokens from the start the cache holds at the present budget; the last is always computed again,
+        for its logits."""
         count = 0
         for token, (cached, budget) in zip(tokens[:-1], self._history, strict=False):
             if token != cached or budget != self._budget:
                 break
             count += 1
-        self._rewind(count)
         return count
