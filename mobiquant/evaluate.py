@@ -38,7 +38,7 @@ class Precision:
             return "full"
         if self.budget.routed:
             return "routed"
-        return "static" if ":" in self.name else "uniform"
+        return "static" if self.budget.static else "uniform"
 
     @property
     def label(self) -> str:

@@ -23,7 +23,8 @@ from mobiquant.report import Report, TextReport, write_report
 from mobiquant.scoring import RULES, default_window, format_result
 from mobiquant.text import read_text
 from mobiquant.torch_setup import prepare_torch
-from runtime.budget import DEPTH_BITS, Budget
+from runtime.budget import Budget
+from runtime.cli import bits_option
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -46,7 +47,7 @@ def _add_perplexity(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="X", help="a .gguf file or a folder")
     parser.add_argument("-f", "--file", type=Path, required=True, metavar="TEXT", help="the text to score")
     precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--bits", type=int, choices=DEPTH_BITS, help="one depth for all tokens (default: full)")
+    precision.add_argument("--bits", type=bits_option, metavar="B", help="2, 4, 6, 8 or static:X (default: full)")
     precision.add_argument("--avg-bits", type=float, metavar="A", help="routed: average bits per weight, 2 to 8")
     _add_scoring_options(parser)
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="(%(default)s)")
@@ -58,7 +59,8 @@ def _add_evaluate(subparsers: argparse._SubParsersAction) -> None:
         "evaluate",
         help="quality at many precisions: perplexity, divergence, zero-shot tasks, a picture",
         description="Measure a .gguf file (this runtime), a checkpoint or a full-precision folder (torch) at a list of "
-        "budgets. A whole number is one depth for all tokens, a number with a point an average that the routers spend.",
+        "budgets. A whole number is one depth for all tokens, a number with a point an average that the routers spend, "
+        "static:X an average over linears of one depth each.",
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="a .gguf file or a folder")
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="texts to score")
@@ -68,7 +70,7 @@ def _add_evaluate(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task only")
     parser.add_argument(
-        "--budgets", type=_names, metavar="B,..", help=f"2, 4, 6, 8 or routed as 3.0 ({','.join(DEFAULT_BUDGETS)})"
+        "--budgets", type=_names, metavar="B,..", help=f"2, 3.0, static:3, ... ({','.join(DEFAULT_BUDGETS)})"
     )
     _add_scoring_options(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where torch runs (%(default)s)")

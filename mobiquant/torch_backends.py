@@ -47,10 +47,8 @@ class CheckpointBackend:
     def set_budget(self, budget: Budget | None) -> None:
         if budget is None:
             self._model.set_depth(SLICE_COUNT)
-        elif budget.routed:
-            self._model.set_average_bits(budget.bits)
         else:
-            self._model.set_depth(budget.depth)
+            budget.apply(self._model)
 
     def predict(self, tokens: np.ndarray, first: int) -> Iterator[np.ndarray]:
         logits = self._model.logits(tokens[:-1])[first - 1 :]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.budget import DEPTH_BITS
+from runtime.budget import DEPTH_BITS, parse_bits
 from runtime.errors import MobiQuantError
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ def _add_bench(subparsers: argparse._SubParsersAction) -> None:
     bench.add_argument("-n", "--n-gen", type=_numbers, default=[128], metavar="N,..", help="answers (128); 0: none")
     bench.add_argument("-t", "--threads", type=_numbers, default=None, metavar="N,..", help="threads (physical cores)")
     bench.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions (%(default)s)")
-    bench.add_argument("--bits", type=_numbers, default=[2, 4, 6, 8], metavar="N,..", help="depths (2,4,6,8); 0: none")
+    bench.add_argument(
+        "--bits", default="2,4,6,8", metavar="B,..", help="2, 4, 6, 8 or static:X (default: %(default)s); 0: none"
+    )
     bench.add_argument("--avg-bits", type=_averages, default=[], metavar="X,..", help="routed averages (none)")
     bench.add_argument("--output-bits", type=int, choices=DEPTH_BITS, help="of the output head (default: as --bits)")
     bench.add_argument("--kernel", help="kernels to use; also $MOBIQUANT_KERNEL")
@@ -90,6 +92,14 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def bits_option(text: str) -> int | str:
+    """The value of --bits: 2, 4, 6, 8 or static:X, as Model takes it."""
+    try:
+        return parse_bits(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _averages(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
@@ -98,7 +108,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="FILE", help="GGUF file")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
-        "--bits", type=int, choices=DEPTH_BITS, help="one precision for all tokens; default: the highest"
+        "--bits",
+        type=bits_option,
+        metavar="B",
+        help="one precision for all tokens: 2, 4, 6 or 8, or static:X with one per linear; default: the highest",
     )
     budget.add_argument("--avg-bits", type=float, metavar="X", help="average precision from 2 to 8, routed by token")
     parser.add_argument("--output-bits", type=int, choices=DEPTH_BITS, help="precision of the output head")
@@ -187,7 +200,7 @@ def bench_command(args: argparse.Namespace) -> int:
     if args.kernels:
         print(bench_linears(LINEAR_SHAPES, threads, args.repetitions, kernel))
         return 0
-    budgets = [Budget(float(bits), routed=False) for bits in args.bits if bits]
+    budgets = [Budget.of(bits) for bits in args.bits.split(",") if bits != "0"]
     budgets += [Budget(bits, routed=True) for bits in args.avg_bits]
     plan = Plan(args.n_prompt, args.n_gen, threads, budgets, args.output_bits, args.repetitions, kernel)
     show = _rewritten_line()

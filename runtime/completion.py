@@ -105,7 +105,7 @@ def create_completion(
     echo: bool = False,
     stream: bool = False,
     avg_bits: float | None = None,
-    bits: int | None = None,
+    bits: int | str | None = None,
 ) -> dict[str, Any] | Iterator[dict[str, Any]]:
     """Complete `prompt`, text or token ids, and return llama-cpp-python's dictionary, or with `stream` its chunks.
 

@@ -204,6 +204,11 @@ class NativeSession:
         error = ffi.new("mq_error *")
         _check(lib.mq_session_set_average_bits(self._handle, bits, error), error)
 
+    def set_static_bits(self, bits: float) -> None:
+        """One depth for every linear, from the file's static order, within this average bits."""
+        error = ffi.new("mq_error *")
+        _check(lib.mq_session_set_static_bits(self._handle, bits, error), error)
+
     def set_output_depth(self, depth: int) -> None:
         """Depth of the output head; 0: the file's default."""
         error = ffi.new("mq_error *")

@@ -98,6 +98,9 @@ const char *mq_session_kernel(const mq_session *session);
 mq_status mq_session_set_depth(mq_session *session, uint32_t depth, mq_error *error);
 /* Routed: average bits per routed weight, 2..2·max_depth. */
 mq_status mq_session_set_average_bits(mq_session *session, float bits, mq_error *error);
+/* Static: every linear at a fixed depth of its own, the best that calibration found for at most `bits` per routed weight on
+ * average, 2..2·max_depth. Nothing is routed. MQ_ERR_ARGUMENT when the file has no static order. */
+mq_status mq_session_set_static_bits(mq_session *session, float bits, mq_error *error);
 /* Depth of the output head, 1..max_depth; 0: the file's default. */
 mq_status mq_session_set_output_depth(mq_session *session, uint32_t depth, mq_error *error);
 
