@@ -104,10 +104,10 @@ def test_greedy_continuations_are_recognised(lm: MobiQuantLM) -> None:
     assert (same, other) == (True, False)
 
 
-def test_answers_do_not_depend_on_the_requests_before(lm: MobiQuantLM, file: Path) -> None:
+def test_answers_do_not_depend_on_the_requests_before(file: Path) -> None:
     pairs = [("a question", f" {answer}") for answer in ("one", "two", "or three")] + [("another", " one")]
-    together = ask(lm, "loglikelihood", *pairs)
-    alone = [ask(MobiQuantLM(file, threads=1), "loglikelihood", pair)[0] for pair in reversed(pairs)]
+    together = ask(MobiQuantLM(file, bits=3.0, threads=1), "loglikelihood", *pairs)
+    alone = [ask(MobiQuantLM(file, bits=3.0, threads=1), "loglikelihood", pair)[0] for pair in reversed(pairs)]
     assert together == alone[::-1]
 
 
