@@ -135,15 +135,10 @@ def _figures(bits_per_weight: float, ppl: float | None, kl: float | None, top1: 
 
 
 def _task_tables(rows: Sequence[TaskRow]) -> list[str]:
-    """A table for each figure, a line for each budget, a column for each task."""
-    if not rows:
-        return []
+    """A table for each figure, with a line for each budget and a column for each task that has it."""
     titles = {"acc": "accuracy, %", "acc_norm": "accuracy per character, %", "same_answers": "reference's answers, %"}
-    return [
-        _task_table(title, rows, figure)
-        for figure, title in titles.items()
-        if any(getattr(row, figure) is not None for row in rows)
-    ]
+    measured = {figure: [row for row in rows if getattr(row, figure) is not None] for figure in titles}
+    return [_task_table(title, measured[figure], figure) for figure, title in titles.items() if measured[figure]]
 
 
 def _task_table(title: str, rows: Sequence[TaskRow], figure: str) -> str:
