@@ -181,6 +181,15 @@ class Model:
         """Forget all tokens."""
         self._rewind(0)
 
+    def reuse(self, tokens: Sequence[int]) -> int:
+        """Keep of the cache what begins `tokens` and was computed at the present budget, and forget the rest.
+
+        Returns how many tokens are kept: never the last, which is computed again for its logits.
+        """
+        count = self._reusable(list(tokens))
+        self._rewind(count)
+        return count
+
     def eval(self, tokens: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Evaluate tokens after those in the cache.
 
