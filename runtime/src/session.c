@@ -176,8 +176,7 @@ const char *mq_session_kernel(const mq_session *session)
     return session->kernels->name;
 }
 
-/* Every call that changes a session takes it; a second thread gets an error and not a race. */
-static mq_status acquire(mq_session *session, mq_error *error)
+mq_status mq_session_acquire(mq_session *session, mq_error *error)
 {
     if (atomic_flag_test_and_set_explicit(&session->busy, memory_order_acquire)) {
         return mq_fail(error, MQ_ERR_BUSY, "the session is in use by another thread; open one session per thread");
@@ -185,7 +184,7 @@ static mq_status acquire(mq_session *session, mq_error *error)
     return MQ_OK;
 }
 
-static void release(mq_session *session)
+void mq_session_release(mq_session *session)
 {
     atomic_flag_clear_explicit(&session->busy, memory_order_release);
 }
@@ -203,11 +202,11 @@ mq_status mq_session_set_depth(mq_session *session, uint32_t depth, mq_error *er
 {
     mq_status status = check_depth(session->model, "depth", depth, error);
     if (status == MQ_OK) {
-        status = acquire(session, error);
+        status = mq_session_acquire(session, error);
     }
     if (status == MQ_OK) {
         session->fixed_depth = depth;
-        release(session);
+        mq_session_release(session);
     }
     return status;
 }
@@ -223,10 +222,10 @@ mq_status mq_session_set_output_depth(mq_session *session, uint32_t depth, mq_er
         return mq_fail(error, MQ_ERR_ARGUMENT, "output depth: expected 1 to %" PRIu32 ", the slices in %s, found %" PRIu32,
                        available, session->model->path, depth);
     }
-    const mq_status status = acquire(session, error);
+    const mq_status status = mq_session_acquire(session, error);
     if (status == MQ_OK) {
         session->output_depth = depth;
-        release(session);
+        mq_session_release(session);
     }
     return status;
 }
@@ -239,7 +238,7 @@ mq_status mq_session_set_average_bits(mq_session *session, float bits, mq_error 
         return mq_fail(error, MQ_ERR_ARGUMENT, "average bits: expected %d to %g, found %g", MQ_SLICE_BITS, (double)most,
                        (double)bits);
     }
-    const mq_status status = acquire(session, error);
+    const mq_status status = mq_session_acquire(session, error);
     if (status != MQ_OK) {
         return status;
     }
@@ -252,7 +251,7 @@ mq_status mq_session_set_average_bits(mq_session *session, float bits, mq_error 
             thresholds += (size_t)router->linears * MQ_GATES;
         }
     }
-    release(session);
+    mq_session_release(session);
     return MQ_OK;
 }
 
@@ -277,7 +276,7 @@ static mq_status check_tokens(const mq_session *session, const int32_t *tokens, 
 
 mq_status mq_session_eval(mq_session *session, const int32_t *tokens, size_t n, float *logits, size_t n_logits, mq_error *error)
 {
-    mq_status status = acquire(session, error);
+    mq_status status = mq_session_acquire(session, error);
     if (status != MQ_OK) {
         return status;
     }
@@ -292,9 +291,26 @@ mq_status mq_session_eval(mq_session *session, const int32_t *tokens, size_t n, 
         logits = here > 0 ? logits + (size_t)here * session->model->hparams.vocab_size : logits;
         n_logits -= here;
         session->position += count;
+        session->evaluated = count;
         done += count;
     }
-    release(session);
+    mq_session_release(session);
+    return status;
+}
+
+mq_status mq_session_hidden(mq_session *session, float *hidden, uint32_t n, mq_error *error)
+{
+    mq_status status = mq_session_acquire(session, error);
+    if (status != MQ_OK) {
+        return status;
+    }
+    if (n > session->evaluated) {
+        status = mq_fail(error, MQ_ERR_ARGUMENT, "hidden states: expected at most %" PRIu32 ", the tokens computed together last, "
+                         "found %" PRIu32, session->evaluated, n);
+    } else {
+        mq_forward_hidden(session, hidden, n);
+    }
+    mq_session_release(session);
     return status;
 }
 
@@ -310,7 +326,7 @@ uint32_t mq_session_context(const mq_session *session)
 
 mq_status mq_session_rewind(mq_session *session, uint32_t position, mq_error *error)
 {
-    mq_status status = acquire(session, error);
+    mq_status status = mq_session_acquire(session, error);
     if (status != MQ_OK) {
         return status;
     }
@@ -319,8 +335,9 @@ mq_status mq_session_rewind(mq_session *session, uint32_t position, mq_error *er
                          position);
     } else {
         session->position = position;
+        session->evaluated = 0;
     }
-    release(session);
+    mq_session_release(session);
     return status;
 }
 

@@ -34,6 +34,7 @@ struct mq_session {
     atomic_flag busy;
     uint32_t n_ctx, n_batch, head_dim_padded;
     uint32_t position;
+    uint32_t evaluated;    /* tokens of the latest batch, whose residual stream batch.x still holds; 0: none */
     float attention_scale; /* 1 / sqrt(head_dim) */
     uint32_t fixed_depth;  /* 0: routed */
     uint32_t output_depth;
@@ -50,5 +51,11 @@ struct mq_session {
 
 /* forward.c: tokens [n], n ≤ n_batch, at positions position .. position + n − 1; logits of the last n_logits. */
 void mq_forward(mq_session *session, const int32_t *tokens, uint32_t n, float *logits, uint32_t n_logits);
+/* forward.c: final-norm hidden states [n][embedding_length] of the last n ≤ evaluated tokens of the latest batch. */
+void mq_forward_hidden(mq_session *session, float *hidden, uint32_t n);
+
+/* Every call that changes or copies a session takes it; a second thread gets MQ_ERR_BUSY and not a race. */
+mq_status mq_session_acquire(mq_session *session, mq_error *error);
+void mq_session_release(mq_session *session);
 
 #endif
