@@ -30,8 +30,8 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     add_chat(subparsers)
     _add_bench(subparsers)
 
-    info = subparsers.add_parser("info", help="show what a file holds and which kernels run it")
-    info.add_argument("model", type=Path, metavar="FILE", help="GGUF file")
+    info = subparsers.add_parser("info", help="show what this installation and a file hold")
+    info.add_argument("model", type=Path, metavar="FILE", nargs="?", help="GGUF file; without it, this machine only")
     info.set_defaults(func=info_command)
 
 
@@ -96,9 +96,13 @@ def _rewritten_line() -> Callable[[str], None]:
 
 @one_line_errors
 def info_command(args: argparse.Namespace) -> int:
-    """`mobiquant info`: the file's shape and sizes, and the kernels of this machine."""
+    """`mobiquant info`: the version and the kernels of this machine, and a file's shape and sizes."""
+    from runtime.report import describe, describe_machine
+
+    if args.model is None:
+        print(describe_machine())
+        return 0
     from runtime.model import Model
-    from runtime.report import describe
 
     with Model(args.model, n_ctx=1, n_threads=1, n_batch=1, allow_partial=True) as model:
         print(describe(model))

@@ -52,6 +52,7 @@ def create_completion(
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
     avg_bits: float | None = None,
     bits: int | None = None,
+    keep_cache: bool = False,
     cancelled: Callable[[], bool] | None = None,
     **sampling: Unpack[SamplingOptions],
 ) -> Result | Iterator[Result]:
@@ -60,7 +61,8 @@ def create_completion(
     max_tokens: None or less than 0: until the context is full; 0: none, useful with `echo`. stop: text at which to end,
     not part of the result. echo: begin with the prompt. logprobs: list this many alternatives for each token, with
     `echo` for the prompt's too. logits_processor: called before each draw with the tokens so far and the logits.
-    avg_bits, bits: precision of this completion only, as in Model. cancelled: asked between tokens and between pieces
+    avg_bits, bits: precision of this completion only, as in Model. keep_cache: use what the cache holds of the prompt
+    even if it was computed at another precision. cancelled: asked between tokens and between pieces
     of the prompt; when true the completion ends. sampling: see SamplingSettings; without a seed, the model's.
     Raises ValueError for a bad argument, MobiQuantError when the prompt does not fit in the context.
     """
@@ -73,6 +75,7 @@ def create_completion(
         _settings(model, sampling),
         [logits_processor] if callable(logits_processor) else logits_processor,
         logprobs,
+        keep_cache,
     )
     head = _head("cmpl", "text_completion", model)
     before: list[Likelihood | None] = []
@@ -105,6 +108,7 @@ def create_chat_completion(
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = (),
     avg_bits: float | None = None,
     bits: int | None = None,
+    keep_cache: bool = False,
     cancelled: Callable[[], bool] | None = None,
     **sampling: Unpack[SamplingOptions],
 ) -> Result | Iterator[Result]:
@@ -121,6 +125,7 @@ def create_chat_completion(
         _settings(model, sampling),
         [logits_processor] if callable(logits_processor) else logits_processor,
         top_logprobs if logprobs else None,
+        keep_cache,
     )
     generation = Generation(model, request, cancelled)
     if stream:

@@ -1,4 +1,4 @@
-"""The terminal side of a generation: pieces printed as they come, ended by Ctrl-C, coloured when asked; then figures."""
+"""A generation in the terminal: pieces printed as they come, coloured when asked, ended by Ctrl-C; then the figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from runtime.generation import Figures, Generation
 from runtime.page import Fragment, html_page, svg_picture
-from runtime.picture import coloured, histogram, wants_colour
+from runtime.picture import Scale, coloured, histogram, wants_colour
 
 
 @contextmanager
@@ -31,14 +31,14 @@ def ending_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def print_pieces(generation: Generation, *, show_bits: bool) -> list[Fragment]:
-    """Stream the text to stdout as it comes, and return it with its tokens."""
-    colour = show_bits and wants_colour(sys.stdout)
+def print_pieces(generation: Generation, scale: Scale | None) -> list[Fragment]:
+    """Stream the text to stdout as it comes, coloured by `scale` if any, and return it with its tokens."""
+    shown = scale if wants_colour(sys.stdout) else None
     fragments = []
     for piece in generation:
         if piece.text:
             fragments.append(Fragment(piece.text, piece.steps))
-            text = coloured(piece.text, fragments[-1].bits) if colour and piece.steps else piece.text
+            text = coloured(piece.text, fragments[-1].bits, shown) if shown and piece.steps else piece.text
             print(text, end="", flush=True)
     return fragments
 
@@ -54,18 +54,18 @@ def figures_line(figures: Figures) -> str:
     )
 
 
-def print_summary(generation: Generation, *, show_bits: bool) -> None:
-    """One line of figures on stderr; with `show_bits` also the histogram."""
+def print_summary(generation: Generation, scale: Scale | None) -> None:
+    """One line of figures on stderr; with a scale also the histogram."""
     if generation.figures.prompt.tokens:
         print(figures_line(generation.figures), file=sys.stderr)
-    if show_bits and generation.steps:
+    if scale and generation.steps:
         bits = [step.bits for step in generation.steps]
-        print(histogram(bits, colour=wants_colour(sys.stderr)), file=sys.stderr)
+        print(histogram(bits, scale, colour=wants_colour(sys.stderr)), file=sys.stderr)
 
 
-def write_picture(path: Path, title: str, fragments: Sequence[Fragment]) -> None:
+def write_picture(path: Path, title: str, fragments: Sequence[Fragment], scale: Scale) -> None:
     """An HTML page, or an SVG picture when the name ends so; under a temporary name first."""
-    text = (svg_picture if path.suffix == ".svg" else html_page)(title, fragments)
+    text = (svg_picture if path.suffix == ".svg" else html_page)(title, fragments, scale)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -48,6 +48,7 @@ def add_chat(subparsers: argparse._SubParsersAction) -> None:
 def chat_command(args: argparse.Namespace) -> int:
     """`mobiquant chat`."""
     from runtime.console import write_picture
+    from runtime.picture import Scale
     from runtime.tokens import as_text
 
     check_output_options(args)
@@ -61,7 +62,7 @@ def chat_command(args: argparse.Namespace) -> int:
         if first is None or not args.single_turn:
             _listen(conversation, once=args.single_turn)
         if args.html:
-            write_picture(args.html, f"{model.name}, {model.bits:g} bits", conversation.fragments)
+            write_picture(args.html, f"{model.name}, {model.bits:g} bits", conversation.fragments, Scale())
     return 0
 
 
@@ -120,6 +121,7 @@ class Conversation:
         from runtime.console import ending_on_interrupt, print_pieces, print_summary
         from runtime.generation import Generation, Request
         from runtime.page import Fragment
+        from runtime.picture import Scale
 
         chat = self._model.chat
         request = Request(
@@ -130,11 +132,12 @@ class Conversation:
             keep_cache=True,  # a change of precision holds from now on, and does not compute the past again
         )
         chat.prepare()
+        scale = Scale.of(self._model.budget) if self._show_bits else None
         with ending_on_interrupt() as interrupted:
             generation = Generation(self._model, request, interrupted)
-            fragments = print_pieces(generation, show_bits=self._show_bits)
+            fragments = print_pieces(generation, scale)
             print(flush=True)
-        print_summary(generation, show_bits=self._show_bits)
+        print_summary(generation, scale)
         self.fragments += [Fragment(f"\n> {text}\n"), *fragments]
         return "".join(fragment.text for fragment in fragments)
 
@@ -143,7 +146,12 @@ class Conversation:
 
         with ending_on_interrupt() as interrupted:
             result = self._model.create_chat_completion(
-                self._messages, self._limit, stop=self._stop, cancelled=interrupted, **asdict(self._settings)
+                self._messages,
+                self._limit,
+                stop=self._stop,
+                keep_cache=True,
+                cancelled=interrupted,
+                **asdict(self._settings),
             )
         print(json.dumps(result, ensure_ascii=False), flush=True)
         return result["choices"][0]["message"]["content"]

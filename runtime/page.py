@@ -13,7 +13,7 @@ from html import escape
 import numpy as np
 
 from runtime.generation import Step
-from runtime.picture import LOWEST, PAGE_COLOURS, STEP, level
+from runtime.picture import PAGE_COLOURS, Scale
 
 LINEARS = ("q", "k", "v", "output", "gate", "up", "down")
 
@@ -31,58 +31,59 @@ class Fragment:
         return float(np.mean([step.bits for step in self.steps]))
 
 
-def html_page(title: str, fragments: Iterable[Fragment]) -> str:
+def html_page(title: str, fragments: Iterable[Fragment], scale: Scale) -> str:
     """The page as text, UTF-8. title: for example the model's name and its budget."""
     fragments = list(fragments)
     steps = [step for fragment in fragments for step in fragment.steps]
     average = f"{np.mean([step.bits for step in steps]):.2f}" if steps else "none"
-    text = "".join(_span(fragment) for fragment in fragments)
+    text = "".join(_span(fragment, scale) for fragment in fragments)
     summary = f"{len(steps)} tokens, {average} bits on average"
     return _PAGE.format(
         title=escape(title),
         summary=summary,
         text=text,
-        legend=_legend(),
-        histogram=_histogram(steps),
-        linears=_linears(steps),
+        legend=_legend(scale),
+        histogram=_histogram(steps, scale),
+        linears=_linears(steps, scale),
         names=", ".join(f'"{name}"' for name in LINEARS),
-        colours=", ".join(f'"{PAGE_COLOURS[level(2 * depth)]}"' for depth in (1, 2, 3, 4)),
+        colours=", ".join(f'"{PAGE_COLOURS[Scale().level(2 * depth)]}"' for depth in (1, 2, 3, 4)),
     )
 
 
-def _span(fragment: Fragment) -> str:
+def _span(fragment: Fragment, scale: Scale) -> str:
     if not fragment.steps:
         return f'<span class="prompt">{escape(fragment.text)}</span>'
     depths = np.concatenate([step.depths for step in fragment.steps])
     digits = "".join(map(str, depths.ravel().tolist()))
+    colour = PAGE_COLOURS[scale.level(fragment.bits)]
     return (
-        f'<span class="t" style="background:{PAGE_COLOURS[level(fragment.bits)]}" data-bits="{fragment.bits:.2f}" '
+        f'<span class="t" style="background:{colour}" data-bits="{fragment.bits:.2f}" '
         f'data-n="{len(fragment.steps)}" data-depths="{digits}">{escape(fragment.text)}</span>'
     )
 
 
-def _legend() -> str:
+def _legend(scale: Scale) -> str:
     cells = (
-        f'<span style="background:{colour}">{LOWEST + STEP * index:g}</span>'
+        f'<span style="background:{colour}">{scale.centre(index):.3g}</span>'
         for index, colour in enumerate(PAGE_COLOURS)
     )
     return "".join(cells)
 
 
-def _histogram(steps: Sequence[Step]) -> str:
-    counts = np.bincount([level(step.bits) for step in steps], minlength=len(PAGE_COLOURS))
+def _histogram(steps: Sequence[Step], scale: Scale) -> str:
+    counts = np.bincount([scale.level(step.bits) for step in steps], minlength=len(PAGE_COLOURS))
     return "".join(
-        _row(f"{LOWEST + STEP * index:g}", count / max(counts.max(), 1), PAGE_COLOURS[index], str(count))
+        _row(f"{scale.centre(index):.3g}", count / max(counts.max(), 1), PAGE_COLOURS[index], str(count))
         for index, count in enumerate(counts)
     )
 
 
-def _linears(steps: Sequence[Step]) -> str:
+def _linears(steps: Sequence[Step], scale: Scale) -> str:
     if not steps:
         return ""
     means = 2 * np.mean([step.depths for step in steps], axis=(0, 1))
     return "".join(
-        _row(name, bits / 8, PAGE_COLOURS[level(bits)], f"{bits:.2f}")
+        _row(name, bits / 8, PAGE_COLOURS[scale.level(bits)], f"{bits:.2f}")
         for name, bits in zip(LINEARS, means.tolist(), strict=True)
     )
 
@@ -147,13 +148,13 @@ for (const token of document.querySelectorAll(".t")) {{
 _COLUMNS, _CHAR, _LINE, _MARGIN = 86, 8.2, 24, 16
 
 
-def svg_picture(title: str, fragments: Iterable[Fragment]) -> str:
+def svg_picture(title: str, fragments: Iterable[Fragment], scale: Scale) -> str:
     """The coloured text as SVG for a document, with a legend; whitespace is collapsed."""
     parts = [f'<text x="{_MARGIN}" y="{_LINE}" font-weight="bold">{escape(title)}</text>']
     for index, colour in enumerate(PAGE_COLOURS):
         x = _MARGIN + index * 36
         parts.append(f'<rect x="{x}" y="{_LINE + 10}" width="36" height="16" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 6}" y="{_LINE + 22}" font-size="11">{LOWEST + STEP * index:g}</text>')
+        parts.append(f'<text x="{x + 6}" y="{_LINE + 22}" font-size="11">{scale.centre(index):.3g}</text>')
     column, y = 0, 4 * _LINE
     for fragment in fragments:
         text = " ".join(fragment.text.split("\n"))
@@ -165,7 +166,7 @@ def svg_picture(title: str, fragments: Iterable[Fragment]) -> str:
                 column, y = 0, y + _LINE
             x, width = _MARGIN + column * _CHAR, len(line) * _CHAR
             if fragment.steps:
-                colour = PAGE_COLOURS[level(fragment.bits)]
+                colour = PAGE_COLOURS[scale.level(fragment.bits)]
                 parts.append(f'<rect x="{x:.1f}" y="{y - 16}" width="{width:.1f}" height="21" fill="{colour}"/>')
             parts.append(
                 f'<text x="{x:.1f}" y="{y}" textLength="{width:.1f}" xml:space="preserve" '

@@ -82,15 +82,17 @@ def _stream(args: argparse.Namespace, model: Model, prompt: str, settings: Sampl
     from runtime.console import ending_on_interrupt, print_pieces, print_summary, write_picture
     from runtime.generation import Generation, Request
     from runtime.page import Fragment
+    from runtime.picture import Scale
 
     tokens, fragments = model.tokenize(prompt), [Fragment(prompt)]
     limit = args.n_predict if args.n_predict > 0 else None
+    scale = Scale.of(model.budget)
     while True:
         with ending_on_interrupt() as interrupted:
             generation = Generation(model, Request(tokens, limit, args.stop, sampling=settings), interrupted)
-            fragments += print_pieces(generation, show_bits=args.show_bits)
+            fragments += print_pieces(generation, scale if args.show_bits else None)
             print(flush=True)
-            print_summary(generation, show_bits=args.show_bits)
+            print_summary(generation, scale if args.show_bits else None)
             status = 130 if interrupted() else 0
         line = sys.stdin.readline() if args.interactive else ""
         if not line:
@@ -98,5 +100,5 @@ def _stream(args: argparse.Namespace, model: Model, prompt: str, settings: Sampl
         tokens = [*tokens, *(step.token for step in generation.steps), *model.tokenize(line, add_bos=False)]
         fragments.append(Fragment(line))
     if args.html:
-        write_picture(args.html, f"{model.name}, {model.bits:g} bits", fragments)
+        write_picture(args.html, f"{model.name}, {model.bits:g} bits", fragments, scale)
     return 0 if args.interactive else status
