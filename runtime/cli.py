@@ -17,6 +17,7 @@ from runtime.budget import DEPTH_BITS
 from runtime.converse import add_chat
 from runtime.options import one_line_errors
 from runtime.run import add_run
+from runtime.serve import add_serve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,7 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     """Register the commands; each sets `func(args) -> int`, the exit status."""
     add_run(subparsers)
     add_chat(subparsers)
+    add_serve(subparsers)
     _add_bench(subparsers)
 
     info = subparsers.add_parser("info", help="show what this installation and a file hold")

@@ -318,16 +318,16 @@ class Model:
 
     def average_bits(self, depths: np.ndarray) -> np.ndarray:
         """Average bits per weight that tokens read, float64 [n], from their depths [n, blocks, 7]."""
-        return 2 * depths.mean(axis=1) @ self._weight_shares
+        total = depths.shape[1] * self._linear_sizes.sum()
+        return 2 * (depths.sum(axis=1, dtype=np.int64) @ self._linear_sizes) / total
 
     @cached_property
-    def _weight_shares(self) -> np.ndarray:
-        """Of the seven linears in a block's weights, float64 [7]."""
+    def _linear_sizes(self) -> np.ndarray:
+        """Weights of the seven linears of a block, int64 [7]."""
         info = self.info
-        width, ff = info.embedding_length, info.feed_forward_length
         heads, heads_kv = info.head_count * info.head_dim, info.head_count_kv * info.head_dim
-        sizes = np.array([heads, heads_kv, heads_kv, heads, ff, ff, ff], np.float64) * width
-        return sizes / sizes.sum()
+        outside = [heads, heads_kv, heads_kv, heads, *(3 * [info.feed_forward_length])]
+        return np.array(outside, np.int64) * info.embedding_length
 
     def embed(self, text: str | bytes | Sequence[int], *, pooling: str = "mean", normalize: bool = True) -> np.ndarray:
         """The hidden states of `text`, or of token ids, after the final norm, in an empty cache.
