@@ -99,17 +99,19 @@ def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Softmax attention of every token over itself and what came before, float32 [heads, tokens, head_dim] each."""
-    tokens = query.shape[1]
+    """Softmax attention of every token over itself and what came before: query float32 [heads, tokens, head_dim], key
+    and value [heads, positions, head_dim], of which the tokens are the last."""
+    tokens, positions = query.shape[1], key.shape[1]
+    before = positions - tokens
     scores = torch.cat([dot(part.unsqueeze(2), key.unsqueeze(1)) for part in query.split(32, dim=1)], dim=1) * scale
-    future = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
+    future = torch.ones(tokens, positions, dtype=torch.bool, device=query.device).triu(before + 1)
     largest = scores.masked_fill(future, -torch.inf).amax(-1, keepdim=True)
     weights = exponential(scores - largest).masked_fill(future, 0.0)
     lanes = torch.zeros(*weights.shape[:2], LANES, device=query.device)
-    for part in functional.pad(weights, (0, -tokens % LANES)).split(LANES, dim=-1):
+    for part in functional.pad(weights, (0, -positions % LANES)).split(LANES, dim=-1):
         lanes = lanes + part
     total = torch.zeros_like(query)
-    for position in range(tokens):
-        later = slice(position, None)  # earlier tokens do not see this position
+    for position in range(positions):
+        later = slice(max(0, position - before), None)  # earlier tokens do not see this position
         total[:, later] = fma(weights[:, later, position, None], value[:, None, position], total[:, later])
     return total * (1.0 / fold(lanes)).unsqueeze(-1)
