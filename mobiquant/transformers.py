@@ -65,7 +65,7 @@ class SlicedModel:
 
     @property
     def depths(self) -> np.ndarray:
-        """Slices that the tokens of the last pass read: uint8 [tokens, blocks, 7], linears q, k, v, o, gate, up, down."""
+        """Slices that the tokens of the last pass read: uint8 [tokens, blocks, 7], in the order of LINEARS."""
         recorded = self.precision.recorded
         blocks = 1 + max(block for block, _ in recorded)
         stacked = [torch.stack([recorded[block, i] for i in range(len(LINEARS))], 1) for block in range(blocks)]
