@@ -40,6 +40,9 @@ class Budget:
             return cls(bits, routed=False)
         return None if avg_bits is None else cls(float(avg_bits), routed=True)
 
+    def __str__(self) -> str:
+        return f"{self.bits:g} bits {'on average' if self.routed else 'for every token'}"
+
     @property
     def depth(self) -> int:
         """Slices to read, 1..4, of a budget that is not routed."""

@@ -62,7 +62,7 @@ def chat_command(args: argparse.Namespace) -> int:
         if first is None or not args.single_turn:
             _listen(conversation, once=args.single_turn)
         if args.html:
-            write_picture(args.html, f"{model.name}, {model.bits:g} bits", conversation.fragments, Scale())
+            write_picture(args.html, model.name, conversation.fragments, Scale())
     return 0
 
 
@@ -114,8 +114,7 @@ class Conversation:
         except ValueError:
             raise ValueError(f"{name}: expected a number from 2 to 8, found {value!r}") from None
         self._model.bits = int(bits) if name == "/bits" and bits in DEPTH_BITS else bits
-        kind = "for every token" if isinstance(self._model.bits, int) else "on average"
-        print(f"{self._model.bits:g} bits {kind} from now on", file=sys.stderr)
+        print(f"{self._model.budget} from now on", file=sys.stderr)
 
     def _stream_answer(self, text: str) -> str:
         from runtime.console import ending_on_interrupt, print_pieces, print_summary
@@ -174,12 +173,13 @@ def _listen(conversation: Conversation, *, once: bool) -> None:
         except (RuntimeError, ValueError) as error:
             if not terminal:
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            hint = "; /reset forgets the conversation" if getattr(error, "status", "") == "MQ_ERR_CONTEXT_FULL" else ""
+            print(f"error: {error}{hint}", file=sys.stderr)
 
 
 def _read_message(terminal: bool) -> str | None:
     """One message, joined over lines that end in a backslash; None at the end of the input."""
-    lines = []
+    lines: list[str] = []
     while True:
         try:
             line = _prompted() if terminal else sys.stdin.readline()

@@ -100,5 +100,5 @@ def _stream(args: argparse.Namespace, model: Model, prompt: str, settings: Sampl
         tokens = [*tokens, *(step.token for step in generation.steps), *model.tokenize(line, add_bos=False)]
         fragments.append(Fragment(line))
     if args.html:
-        write_picture(args.html, f"{model.name}, {model.bits:g} bits", fragments, scale)
+        write_picture(args.html, f"{model.name}, {model.budget}", fragments, scale)
     return 0 if args.interactive else status

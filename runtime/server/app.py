@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -176,7 +176,7 @@ def _results(model: Model, call: Call, cancelled: Callable[[], bool]) -> Iterato
         yield result
 
 
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+async def _while_connected(receive: Receive, work: Awaitable[Any]) -> Any:
     """The result of `work`, which is cancelled with ClientDisconnect when the client leaves before."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnect(receive))
@@ -203,7 +203,7 @@ class _EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, first: dict[str, Any], rest: AsyncIterator[dict[str, Any]], usage: bool, metrics: Metrics
+        self, first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None], usage: bool, metrics: Metrics
     ) -> None:
         super().__init__(headers={"cache-control": "no-store"})
         del self.headers["content-length"]

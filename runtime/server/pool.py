@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -51,7 +51,7 @@ class SessionPool:
     def busy(self) -> int:
         return len(self._sessions) - len(self._idle)
 
-    async def run(self, work: Work) -> AsyncIterator[Any]:
+    async def run(self, work: Work) -> AsyncGenerator[Any, None]:
         """What `work` gives. Closing or cancelling the iterator ends the work. Raises QueueFullError, OutOfTimeError,
         and what the work raises."""
         deadline = time.monotonic() + self._seconds

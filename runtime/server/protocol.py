@@ -85,7 +85,7 @@ def _common(fields: dict[str, Any], max_tokens: int, default: int) -> dict[str, 
         "bits": _take(fields, "bits", _integer(2, 8)),
         "logit_bias": _take(fields, "logit_bias", _bias, default={}),
     }
-    checks = dict.fromkeys(("top_k", "last_n", "mirostat_mode", "seed"), _integer(0))
+    checks: dict[str, Callable[[Any], Any]] = dict.fromkeys(("top_k", "last_n", "mirostat_mode", "seed"), _integer(0))
     checks |= dict.fromkeys(
         ("temperature", "top_p", "min_p", "typical_p", "repeat_penalty", "frequency_penalty"), _number
     )
