@@ -80,6 +80,11 @@ class Conversation:
         self._messages = list(self._system)
         self.fragments: list[Fragment] = []
 
+    @property
+    def has_template(self) -> bool:
+        """Whether the file says how a conversation is laid out."""
+        return self._model.chat_template is not None
+
     def answer(self, text: str) -> None:
         """Add the user's message and print the answer. A conversation that no longer fits leaves the message out."""
         self._messages.append({"role": "user", "content": text})
@@ -160,6 +165,8 @@ def _listen(conversation: Conversation, *, once: bool) -> None:
     """Messages and commands from stdin until its end. In a terminal an error is a line and the conversation goes on."""
     terminal = sys.stdin.isatty()
     if terminal:
+        if not conversation.has_template:
+            print("The file has no chat template: the model continues a written dialogue.", file=sys.stderr)
         print("Type a message; /help lists the commands, Ctrl-D leaves.", file=sys.stderr)
     while (line := _read_message(terminal)) is not None:
         try:

@@ -55,7 +55,9 @@ def _only_file(repo_id: str, revision: str | None, cache_dir: str | PathLike[str
     from huggingface_hub import errors
 
     try:
-        names = huggingface_hub.HfApi().list_repo_files(repo_id, revision=revision)
+        # Not list_repo_files: without a network it goes on trying, with warnings, for half a minute.
+        info = huggingface_hub.HfApi().model_info(repo_id, revision=revision, timeout=10)
+        names = [file.rfilename for file in info.siblings or []]
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
         raise
     except Exception:  # whatever the network library in use raises

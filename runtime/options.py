@@ -72,18 +72,23 @@ def open_model(args: argparse.Namespace) -> Model:
 
         repository, _, filename = args.hf_repo.partition(":")
         path = download(repository, filename or None)
-    return Model(
-        path,
-        n_ctx=args.ctx_size,
-        n_threads=args.threads,
-        n_batch=args.batch_size,
-        kernel=args.kernel,
-        bits=args.bits,
-        avg_bits=args.avg_bits,
-        output_bits=args.output_bits,
-        allow_partial=args.partial,
-        mmap=not args.no_mmap,
-    )
+    try:
+        return Model(
+            path,
+            n_ctx=args.ctx_size,
+            n_threads=args.threads,
+            n_batch=args.batch_size,
+            kernel=args.kernel,
+            bits=args.bits,
+            avg_bits=args.avg_bits,
+            output_bits=args.output_bits,
+            allow_partial=args.partial,
+            mmap=not args.no_mmap,
+        )
+    except MobiQuantError as error:
+        if error.status != "MQ_ERR_TRUNCATED" or args.partial:
+            raise
+        raise MobiQuantError(f"{error}; try --partial", error.status) from error
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

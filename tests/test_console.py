@@ -185,6 +185,7 @@ def test_control_c_ends_the_answer_and_not_the_program(path: Path) -> None:
     assert "error: average bits: expected" in terminal.read_until("error(.|\n)*> $")
     terminal.send("/help\n")
     assert "/show-bits" in terminal.read_until("goes on(.|\n)*> $")
+    time.sleep(0.2)  # until it waits for input
     os.kill(terminal.process.pid, signal.SIGINT)  # at the prompt: only the line is thrown away
     terminal.read_until("> $")
     terminal.send("\x04")
