@@ -72,6 +72,8 @@ class ChatTemplate:
         present = [marker for marker in self._tokenizer.markers if any(marker in text for text in texts)]
         variables = {
             "messages": _cut_markers(checked, present, mark),
+            "tools": None,  # templates ask whether these are none, not whether they are defined
+            "documents": None,
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self._tokenizer.marker(self._tokenizer.bos),
             "eos_token": self._tokenizer.marker(min(self._tokenizer.eos, default=None)),

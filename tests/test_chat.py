@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken
@@ -21,6 +20,18 @@ TEMPLATE = """{{- bos_token }}
     {{- '<|start|>' + message['role'] + '\\n\\n' + message['content'] | trim + '<|end|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start|>assistant\\n\\n' }}{% endif %}"""
+# What else templates in use do: none-tests, loop controls, JSON, namespaces, the tag for training.
+OTHER_TEMPLATE = """{%- if tools is not none %}{{ raise_exception('tools') }}{% endif %}
+{%- set ns = namespace(system='') %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{% set ns.system = message.content %}{% continue %}{% endif %}
+    {%- if message.role == 'user' %}
+        {{- '<|start|>' ~ (ns.system + '\n' if loop.index0 == 1 and ns.system else '') ~ message.content }}
+    {%- else %}
+        {%- generation %}{{ {'said': message.content} | tojson }}<|end|>{% endgeneration %}
+    {%- endif %}
+{%- endfor %}
+{{- eos_token if not add_generation_prompt }}"""
 TALK = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "  Grüße, 1+1?  "},
@@ -56,15 +67,17 @@ def chat(tokenizer: Tokenizer) -> Iterator[ChatTemplate]:
     template.close()
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, OTHER_TEMPLATE])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_conversation_gives_the_tokens_of_transformers(
-    chat: ChatTemplate, raw: RawTokenizer, tmp_path: Path, add_generation_prompt: bool
+    tokenizer: Tokenizer, raw: RawTokenizer, template: str, add_generation_prompt: bool
 ) -> None:
     transformers = pytest.importorskip("transformers")
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|begin|>", eos_token="<|end|>")
-    fast.chat_template = TEMPLATE
+    fast.chat_template = template
     expected = fast.apply_chat_template(TALK, tokenize=True, add_generation_prompt=add_generation_prompt)
     expected = expected["input_ids"] if not isinstance(expected, list) else expected
+    chat = ChatTemplate(template, tokenizer)
     assert chat.encode(TALK, add_generation_prompt=add_generation_prompt) == expected
 
 
@@ -121,7 +134,7 @@ def test_malformed_message_is_named(chat: ChatTemplate, messages: list, message:
 def test_hostile_or_broken_template_ends_in_one_error(
     tokenizer: Tokenizer, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.chat.RENDER_SECONDS", 2.0)
+    monkeypatch.setattr("runtime.chat.RENDER_SECONDS", 1.0)
     with pytest.raises(ValueError, match="chat template: "):
         ChatTemplate(template, tokenizer).encode([{"role": "user", "content": "x"}])
 
