@@ -99,12 +99,14 @@ def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Softmax attention of every token over itself and what came before: query float32 [heads, tokens, head_dim], key
-    and value [heads, positions, head_dim], of which the tokens are the last."""
-    tokens, positions = query.shape[1], key.shape[1]
-    before = positions - tokens
+    """Softmax attention of every token over itself and what came before: float32 [heads, tokens, head_dim].
+
+    query: [heads, tokens, head_dim], the last of the positions; key, value: [heads, positions, head_dim].
+    """
+    positions = key.shape[1]
+    before = positions - query.shape[1]
     scores = torch.cat([dot(part.unsqueeze(2), key.unsqueeze(1)) for part in query.split(32, dim=1)], dim=1) * scale
-    future = torch.ones(tokens, positions, dtype=torch.bool, device=query.device).triu(before + 1)
+    future = torch.ones(query.shape[1], positions, dtype=torch.bool, device=query.device).triu(before + 1)
     largest = scores.masked_fill(future, -torch.inf).amax(-1, keepdim=True)
     weights = exponential(scores - largest).masked_fill(future, 0.0)
     lanes = torch.zeros(*weights.shape[:2], LANES, device=query.device)

@@ -14,12 +14,10 @@ from pathlib import Path
 
 from mobiquant import __version__
 from mobiquant.config import CalibrationSettings
-from mobiquant.packing import SLICE_BITS, SLICE_COUNT
 from mobiquant.scoring import RULES, format_result
 from mobiquant.text import read_text
 
 _DEMO_TEXT = Path(__file__).parent / "demo" / "calibration.txt"
-_DEPTH_BITS = tuple(SLICE_BITS * depth for depth in range(1, SLICE_COUNT + 1))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,6 +82,8 @@ def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _add_perplexity(subparsers: argparse._SubParsersAction) -> None:
+    from runtime.options import bits_option
+
     parser = subparsers.add_parser(
         "perplexity",
         help="score a model on a text",
@@ -92,7 +92,9 @@ def _add_perplexity(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="X", help="a .gguf file or a folder")
     parser.add_argument("-f", "--file", type=Path, required=True, metavar="TEXT", help="the text to score")
     precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--bits", type=int, choices=_DEPTH_BITS, help="one depth for all tokens (default: full)")
+    precision.add_argument(
+        "--bits", type=bits_option, metavar="B", help="2, 4, 6, 8 or static:X, for all tokens alike (default: full)"
+    )
     precision.add_argument("--avg-bits", type=float, metavar="A", help="routed: average bits per weight, 2 to 8")
     parser.add_argument("--rule", choices=RULES, default=RULES[0], help="which tokens are scored (%(default)s)")
     parser.add_argument("--windows", type=int, metavar="N", help="score the first N windows only")
@@ -146,12 +148,15 @@ def _perplexity(args: argparse.Namespace) -> int:
     import torch
 
     from mobiquant.evaluate import Evaluation, evaluate
+    from runtime.budget import Budget
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
 
-    depth = args.bits // SLICE_BITS if args.bits else None
-    evaluation = Evaluation(args.rule, depth, args.avg_bits, args.windows, args.ctx_size)
+    budget = Budget.requested(args.bits, args.avg_bits)
+    static_bits = budget.bits if budget and budget.static else None
+    depth = budget.depth if budget and not (budget.routed or budget.static) else None
+    evaluation = Evaluation(args.rule, depth, args.avg_bits, args.windows, args.ctx_size, static_bits)
     result = evaluate(args.model, read_text(args.file), evaluation, args.reference)
     print(format_result(result, args.output))
     return 0

@@ -22,7 +22,8 @@ _FULL_PRECISION_BITS = 32.0
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What to score. depth: one depth for all tokens; average_bits: routed; both None: full depth, or full precision.
+    """What to score. depth: one depth for all tokens; average_bits: routed; static_bits: a depth per linear; all None:
+    full depth, or full precision.
 
     windows: how many windows of the text, None for all.
     """
@@ -32,6 +33,7 @@ class Evaluation:
     average_bits: float | None = None
     windows: int | None = None
     context: int | None = None
+    static_bits: float | None = None
 
 
 def evaluate(
@@ -43,9 +45,11 @@ def evaluate(
     if isinstance(opened, ReferenceModel):
         if evaluation.average_bits is not None:
             opened.set_average_bits(evaluation.average_bits)
+        elif evaluation.static_bits is not None:
+            opened.set_static_bits(evaluation.static_bits)
         elif evaluation.depth is not None:
             opened.set_depth(evaluation.depth)
-    elif evaluation.depth is not None or evaluation.average_bits is not None:
+    elif (evaluation.depth, evaluation.average_bits, evaluation.static_bits) != (None, None, None):
         raise ValueError(f"{model}: a precision was asked for: expected a calibrated checkpoint, found full precision")
     exact = None if reference is None else reference_logits(reference)
     score, bits, scored = Score(), 0.0, 0

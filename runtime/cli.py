@@ -46,7 +46,9 @@ def _add_bench(subparsers: argparse._SubParsersAction) -> None:
     bench.add_argument("-n", "--n-gen", type=_numbers, default=[128], metavar="N,..", help="answers (128); 0: none")
     bench.add_argument("-t", "--threads", type=_numbers, default=None, metavar="N,..", help="threads (physical cores)")
     bench.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions (%(default)s)")
-    bench.add_argument("--bits", type=_numbers, default=[2, 4, 6, 8], metavar="N,..", help="depths (2,4,6,8); 0: none")
+    bench.add_argument(
+        "--bits", default="2,4,6,8", metavar="B,..", help="2, 4, 6, 8 or static:X (default: %(default)s); 0: none"
+    )
     bench.add_argument("--avg-bits", type=_averages, default=[], metavar="X,..", help="routed averages (none)")
     bench.add_argument("--output-bits", type=int, choices=DEPTH_BITS, help="of the output head (default: as --bits)")
     bench.add_argument("--kernel", help="kernels to use; also $MOBIQUANT_KERNEL")
@@ -76,7 +78,7 @@ def bench_command(args: argparse.Namespace) -> int:
     if args.kernels:
         print(bench_linears(LINEAR_SHAPES, threads, args.repetitions, kernel))
         return 0
-    budgets = [Budget(float(bits), routed=False) for bits in args.bits if bits]
+    budgets = [Budget.of(bits) for bits in args.bits.split(",") if bits != "0"]
     budgets += [Budget(bits, routed=True) for bits in args.avg_bits]
     plan = Plan(args.n_prompt, args.n_gen, threads, budgets, args.output_bits, args.repetitions, kernel)
     show = _rewritten_line()

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from runtime.model import Model
     from runtime.sampling import SamplingSettings
 
-_HELP = """/bits N     precision from now on: 2, 4, 6 or 8 for every token, any other number from 2 to 8 as an average
+_HELP = """/bits N     precision from now on: 2, 4, 6 or 8 for every token, any other number from 2 to 8 as an average,
+            static:X with one depth per linear
 /avg N      average precision from now on, tokens routed one by one
 /show-bits  colour tokens by the bits they read, or stop that
 /reset      forget the conversation (not the system prompt)
@@ -115,7 +116,7 @@ class Conversation:
 
     def _set_bits(self, name: str, value: str) -> None:
         try:
-            bits = float(value)
+            bits = value if value.startswith("static:") else float(value)
         except ValueError:
             raise ValueError(f"{name}: expected a number from 2 to 8, found {value!r}") from None
         self._model.bits = int(bits) if name == "/bits" and bits in DEPTH_BITS else bits

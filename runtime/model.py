@@ -48,6 +48,7 @@ class Model:
     n_ctx: tokens the cache holds, 0 for the model's context. n_batch: prompt tokens computed together.
     n_threads: None for one per physical core. kernel: kernels to use, None for $MOBIQUANT_KERNEL or the CPU's best.
     bits: one precision for every token, 2, 4, 6 or 8. avg_bits: an average from 2 to 8, tokens routed one by one.
+    bits="static:X": an average from 2 to 8 with one depth per linear, the same for every token.
     Give one of the two, or neither for the highest precision in the file.
     output_bits: 2, 4, 6 or 8 for the output head, None for the file's default.
     allow_partial: accept a file cut after its last base slice. mmap: map the file instead of reading it.
@@ -64,7 +65,7 @@ class Model:
         n_threads: int | None = None,
         n_batch: int = 512,
         kernel: str | None = None,
-        bits: int | None = None,
+        bits: int | str | None = None,
         avg_bits: float | None = None,
         output_bits: int | None = None,
         allow_partial: bool = False,
@@ -217,15 +218,16 @@ class Model:
         return self._session.stats
 
     @property
-    def bits(self) -> int | float:
-        """The precision from the next token on: an int is one for every token, a float an average that is routed.
+    def bits(self) -> int | float | str:
+        """The precision from the next token on: an int is one for every token, a float an average that is routed,
+        "static:X" an average with one depth per linear.
 
         Set it at any time, also during a generation: `model.bits = 4` or `model.bits = 3.5`. Raises ValueError.
         """
-        return self._budget.bits if self._budget.routed else int(self._budget.bits)
+        return self._budget.value
 
     @bits.setter
-    def bits(self, value: int | float) -> None:
+    def bits(self, value: int | float | str) -> None:
         self.budget = Budget.of(value)
 
     @property
@@ -238,10 +240,7 @@ class Model:
         most = DEPTH_BITS[self.info.max_depth - 1]
         if budget.bits > most:
             raise ValueError(f"bits: expected at most {most}, what {self.path} holds, found {budget.bits:g}")
-        if budget.routed:
-            self._session.set_average_bits(budget.bits)
-        else:
-            self._session.set_depth(budget.depth)
+        budget.apply(self._session)
         self._budget = budget
 
     @property
@@ -293,10 +292,10 @@ class Model:
         for start in range(0, len(ids), self._options.n_batch):
             yield start, ids[start : start + self._options.n_batch]
 
-    def _eval_piece(self, piece: np.ndarray, logits: np.ndarray) -> None:
+    def _eval_piece(self, piece: np.ndarray, output: np.ndarray, *, hidden: bool = False) -> None:
         self._history += ((token, self._budget) for token in piece.tolist())
         try:
-            self._session.eval(piece, logits)
+            (self._session.eval_hidden if hidden else self._session.eval)(piece, output)
         finally:  # an error, or Ctrl-C
             del self._history[self.position :]
 
@@ -343,8 +342,7 @@ class Model:
         self.reset()
         hidden = np.empty((len(ids), self.info.embedding_length), np.float32)
         for start, piece in self._pieces(ids):
-            self._eval_piece(piece, self._no_logits)
-            hidden[start : start + len(piece)] = self._session.hidden(len(piece))
+            self._eval_piece(piece, hidden[start : start + len(piece)], hidden=True)
         vectors = hidden if pooling == "none" else hidden[-1] if pooling == "last" else hidden.mean(axis=0)
         return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True) if normalize else vectors
 

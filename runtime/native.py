@@ -220,6 +220,11 @@ class NativeSession:
         error = ffi.new("mq_error *")
         _check(lib.mq_session_set_average_bits(self._handle, bits, error), error)
 
+    def set_static_bits(self, bits: float) -> None:
+        """One depth for every linear, from the file's static order, within this average bits."""
+        error = ffi.new("mq_error *")
+        _check(lib.mq_session_set_static_bits(self._handle, bits, error), error)
+
     def set_output_depth(self, depth: int) -> None:
         """Depth of the output head; 0: the file's default."""
         error = ffi.new("mq_error *")
@@ -253,13 +258,13 @@ class NativeSession:
         _check(lib.mq_session_depths(self._handle, first, n, buffer, error), error)
         return depths
 
-    def hidden(self, n: int) -> np.ndarray:
-        """Hidden states after the final norm, float32 [n, width], of the last n tokens that were computed together."""
-        hidden = np.empty((n, self._model.info().embedding_length), np.float32)
+    def eval_hidden(self, tokens: np.ndarray, hidden: np.ndarray) -> None:
+        """Evaluate tokens, int32 [n], and fill `hidden`, float32 [k, width], with the states after the final norm of
+        the last k <= n."""
         error = ffi.new("mq_error *")
         buffer = ffi.from_buffer("float[]", hidden, require_writable=True)
-        _check(lib.mq_session_hidden(self._handle, buffer, n, error), error)
-        return hidden
+        tokens_buffer = ffi.from_buffer("int32_t[]", tokens)
+        _check(lib.mq_session_eval_hidden(self._handle, tokens_buffer, len(tokens), buffer, len(hidden), error), error)
 
     def state(self) -> bytearray:
         """The cache up to the position as bytes."""

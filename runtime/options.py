@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.budget import DEPTH_BITS
+from runtime.budget import DEPTH_BITS, parse_bits
 from runtime.errors import MobiQuantError
 
 if TYPE_CHECKING:
@@ -37,6 +37,14 @@ def one_line_errors(command: Callable[[argparse.Namespace], int]) -> Callable[[a
     return wrapped
 
 
+def bits_option(text: str) -> int | str:
+    """The value of --bits: 2, 4, 6, 8 or static:X, as Model takes it."""
+    try:
+        return parse_bits(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which file to open and how to run it."""
     group = parser.add_argument_group("model")
@@ -49,7 +57,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="download from the Hugging Face hub; append :FILE.gguf when it has several",
     )
     budget = group.add_mutually_exclusive_group()
-    budget.add_argument("--bits", type=int, choices=DEPTH_BITS, help="one precision for all tokens (the highest)")
+    budget.add_argument(
+        "--bits",
+        type=bits_option,
+        metavar="B",
+        help="one precision for all tokens: 2, 4, 6 or 8, or static:X with one per linear (the highest)",
+    )
     budget.add_argument("--avg-bits", type=float, metavar="X", help="average precision from 2 to 8, routed by token")
     group.add_argument("--output-bits", type=int, choices=DEPTH_BITS, help="precision of the output head")
     group.add_argument("-c", "--ctx-size", type=int, default=0, metavar="N", help="tokens of context (the model's)")

@@ -54,7 +54,8 @@ def test_checkpoint_holds_every_tensor_in_its_form(tiny_checkpoint):
     assert np.isfinite(threshold).all() and (np.diff(threshold) <= 0).all()
     checkpoint.tensor("model.rotary_emb.inv_freq", np.float32, (18,))
     assert not checkpoint.has("lm_head.codes")
-    assert len(checkpoint.names()) == 2 * (7 * 3 + 4 * 6 + 2) + 3 + 1 + 1
+    assert sorted(checkpoint.tensor("static_order", np.int32, (3 * 14,))) == sorted([*range(14)] * 3)
+    assert len(checkpoint.names()) == 2 * (7 * 3 + 4 * 6 + 2) + 3 + 1 + 1 + 1
 
 
 def test_interrupted_and_resumed_run_gives_the_same_bytes(

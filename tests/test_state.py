@@ -52,6 +52,18 @@ def test_session_goes_on_where_it_was_saved(path: Path, model: Model) -> None:
         np.testing.assert_array_equal(other.depths(0, other.position), depths)
 
 
+def test_running_correction_goes_on_too(path: Path, model: Model) -> None:
+    model.bits = 3.5
+    tokens = np.random.default_rng(2).integers(0, 256, 96)
+    model.eval(tokens[:70])  # past the first stretch, whose average corrects the next
+    state = model.save_state()
+    expected = model.eval(tokens[70:], all_logits=True)
+    with Model(path, avg_bits=3.5) as other:
+        other.load_state(state)
+        np.testing.assert_array_equal(other.eval(tokens[70:], all_logits=True), expected)
+        np.testing.assert_array_equal(other.depths(70, 26), model.depths(70, 26))
+
+
 def test_loaded_tokens_are_reused_at_the_precision_they_were_computed_at(path: Path, model: Model) -> None:
     model.bits = 4.5
     tokens = model.tokenize(TEXT)
@@ -131,8 +143,10 @@ def checksum(data: bytes) -> int:
 @pytest.mark.parametrize(
     ("at", "value", "message"),
     [
-        (0, b"\x05", "expected depths from 1 to 4, found 5"),
-        (0, b"\x00", "expected depths from 1 to 4, found 0"),
+        (0, struct.pack("<f", 1.5), "expected average bits of 0 or from 2 to 8, found 1.5"),
+        (0, struct.pack("<f", float("nan")), "expected average bits of 0 or from 2 to 8, found nan"),
+        (12, b"\x05", "expected depths from 1 to 4, found 5"),  # after the bits of three positions
+        (12, b"\x00", "expected depths from 1 to 4, found 0"),
         (-2, b"\x00\x7e", "expected finite keys and values"),
         (-2, b"\x00\xfc", "expected finite keys and values"),
     ],

@@ -29,7 +29,7 @@ _TEMPERATURE = 1.0
 _ROUTER_TUNING = 0.1
 
 
-def step_count(settings: CalibrationSettings) -> int:
+def step_count(settings: CalibrationSettings, _: bool) -> int:
     """Training steps per block: two stages, every epoch all windows, in batches of one depth."""
     counts = [len(range(depth, settings.samples, SLICE_COUNT)) for depth in range(SLICE_COUNT)]
     return 2 * settings.epochs * sum(-(-count // settings.batch) for count in counts)

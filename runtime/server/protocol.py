@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.budget import parse_bits
+
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 
@@ -82,7 +84,7 @@ def _common(fields: dict[str, Any], max_tokens: int, default: int) -> dict[str, 
         "max_tokens": min(_take(fields, "max_tokens", _integer(0), default=default), max_tokens),
         "stop": _take(fields, "stop", _stops, default=[]),
         "avg_bits": _take(fields, "avg_bits", _number),
-        "bits": _take(fields, "bits", _integer(2, 8)),
+        "bits": _take(fields, "bits", lambda value: parse_bits(str(value))),
         "logit_bias": _take(fields, "logit_bias", _bias, default={}),
     }
     checks: dict[str, Callable[[Any], Any]] = dict.fromkeys(("top_k", "last_n", "mirostat_mode", "seed"), _integer(0))

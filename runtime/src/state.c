@@ -1,8 +1,8 @@
 /* state.c: a session's cache as bytes and back. Bytes that come back are trusted less than a model file: the header names the
  * model they belong to, a checksum covers them, and every value is checked before the session changes.
  *
- * header, then for positions 0..position-1: depths uint8 [position][block][7], keys f16 [block][kv head][position][head_dim],
- * values alike. The rows are stored without the padding they have in the cache, which stays 0.
+ * header, then for positions 0..position-1: bits asked for f32 [position] (0: not routed), depths uint8 [position][block][7],
+ * keys f16 [block][kv head][position][head_dim], values alike. The rows are stored without the padding they have in the cache, which stays 0.
  */
 #include "error.h"
 #include "session.h"
@@ -72,12 +72,17 @@ static size_t depths_size(const mq_session *session, uint32_t position)
     return (size_t)position * session->model->hparams.block_count * MQ_LINEARS;
 }
 
+static size_t asked_size(uint32_t position)
+{
+    return position * sizeof(float);
+}
+
 /* The cache of this size was allocated, so no product here overflows. */
 static size_t state_size(const mq_session *session, uint32_t position)
 {
     const mq_hparams *hp = &session->model->hparams;
     const size_t rows = (size_t)hp->block_count * hp->head_count_kv * position;
-    return sizeof(state_header) + depths_size(session, position) + 2 * rows * hp->head_dim * sizeof(uint16_t);
+    return sizeof(state_header) + asked_size(position) + depths_size(session, position) + 2 * rows * hp->head_dim * sizeof(uint16_t);
 }
 
 size_t mq_session_state_size(const mq_session *session)
@@ -98,6 +103,8 @@ mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, 
         return mq_fail(error, MQ_ERR_ARGUMENT, "state: expected room for %zu bytes, found %zu", needed, size);
     }
     uint8_t *at = data + sizeof(state_header);
+    memcpy(at, session->asked_at, asked_size(session->position));
+    at += asked_size(session->position);
     memcpy(at, session->depths, depths_size(session, session->position));
     at += depths_size(session, session->position);
     const size_t heads = (size_t)hp->block_count * hp->head_count_kv, row = hp->head_dim * sizeof(uint16_t);
@@ -150,6 +157,13 @@ static mq_status check_header(const mq_session *session, const uint8_t *data, si
 static mq_status check_body(const mq_session *session, const uint8_t *data, size_t size, uint32_t position, mq_error *error)
 {
     size_t at = sizeof(state_header);
+    for (const size_t end = at + asked_size(position); at < end; at += sizeof(float)) {
+        float bits;
+        memcpy(&bits, data + at, sizeof bits);
+        if (!(bits == 0.0f || (bits >= (float)MQ_SLICE_BITS && bits <= (float)(MQ_SLICE_BITS * MQ_SLICE_COUNT)))) {
+            return mq_fail(error, MQ_ERR_FORMAT, "state: expected average bits of 0 or from 2 to 8, found %g", (double)bits);
+        }
+    }
     const size_t cache = at + depths_size(session, position);
     for (; at < cache; at++) {
         if (data[at] < 1 || data[at] > MQ_SLICE_COUNT) {
@@ -181,6 +195,8 @@ mq_status mq_session_state_set(mq_session *session, const uint8_t *data, size_t 
     }
     const mq_hparams *hp = &session->model->hparams;
     const uint8_t *at = data + sizeof header;
+    memcpy(session->asked_at, at, asked_size(header.position));
+    at += asked_size(header.position);
     memcpy(session->depths, at, depths_size(session, header.position));
     at += depths_size(session, header.position);
     const size_t heads = (size_t)hp->block_count * hp->head_count_kv, row = hp->head_dim * sizeof(uint16_t);
@@ -193,7 +209,7 @@ mq_status mq_session_state_set(mq_session *session, const uint8_t *data, size_t 
         }
     }
     session->position = header.position;
-    session->evaluated = 0;
+    session->stretch_end = 0; /* thresholds are found anew */
     mq_session_release(session);
     return MQ_OK;
 }
