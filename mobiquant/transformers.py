@@ -10,19 +10,23 @@ in mobiquant.linear and mobiquant.exact: the runtime's bits, so generate() gives
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mobiquant.checkpoint import LINEARS, ROUTER_POINTS
+from mobiquant.checkpoint import LINEARS, ROUTER_POINTS, STATIC_ORDER
 from mobiquant.config import QUANT_METHOD, QuantizationConfig
+from mobiquant.correction import RunningCorrection
 from mobiquant.exact import ExactAttention, ExactMlp, ExactNorm, ExactRotary
 from mobiquant.linear import Precision, SliceEmbedding, SliceLinear
 from mobiquant.models import install_slices, linear_shapes, parse_config
@@ -43,10 +47,27 @@ class MobiQuantConfig(QuantizationConfigMixin):
         return self.quantization.to_dict()
 
 
+class _Followed:
+    """The sequence in a cache: what its tokens from `origin` on read since `asked` bits were asked for."""
+
+    def __init__(self, asked: float, origin: int) -> None:
+        self.asked, self.origin = asked, origin
+        self.depths: list[np.ndarray] = []  # uint8 [tokens, blocks, 7] each
+
+
 class SlicedModel:
-    """What a loaded model can do beside transformers' own."""
+    """What a loaded model can do beside transformers' own; stands before transformers' class among the bases."""
 
     precision: Precision
+    config: PreTrainedConfig
+
+    def install_precision(self, precision: Precision) -> None:
+        """Take what the linears share. It is at full depth."""
+        self.precision = precision
+        self._asked_bits = precision.average_bits
+        self._followed: weakref.WeakKeyDictionary[Cache, _Followed] = weakref.WeakKeyDictionary()
+        self._depths: list[np.ndarray] = []
+        self._sizes = np.array([rows * columns for rows, columns in linear_shapes(self.config).values()])
 
     def set_bits(self, bits: int) -> None:
         """One precision, 2, 4, 6 or 8 bits, for every token from now on. Raises ValueError."""
@@ -56,19 +77,93 @@ class SlicedModel:
         self.precision.depth = depths[bits]
 
     def set_avg_bits(self, bits: float) -> None:
-        """Average bits per routed weight, 2 to 8, tokens routed one by one from now on. Raises ValueError."""
-        if not SLICE_BITS <= bits <= SLICE_BITS * SLICE_COUNT:
-            raise ValueError(
-                f"average bits: expected a number from {SLICE_BITS} to {SLICE_BITS * SLICE_COUNT}, found {bits}"
-            )
-        self.precision.depth, self.precision.average_bits = None, float(bits)
+        """Average bits per routed weight, 2 to 8, tokens routed one by one from now on. Raises ValueError.
+
+        A sequence that is alone in its batch and not padded keeps to the average by the runtime's running correction;
+        others are routed by the calibration's thresholds alone.
+        """
+        lowest, highest = SLICE_BITS, SLICE_BITS * SLICE_COUNT
+        if not lowest <= bits <= highest:
+            raise ValueError(f"average bits: expected a number from {lowest} to {highest}, found {bits}")
+        self.precision.depth, self._asked_bits = None, float(bits)
 
     @property
     def depths(self) -> np.ndarray:
         """Slices that the tokens of the last pass read: uint8 [tokens, blocks, 7], in the order of LINEARS."""
-        recorded = self.precision.recorded
-        blocks = 1 + max(block for block, _ in recorded)
-        stacked = [torch.stack([recorded[block, i] for i in range(len(LINEARS))], 1) for block in range(blocks)]
+        return np.concatenate(self._depths)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As of transformers' class; a routed sequence that can be followed runs in the correction's stretches."""
+        self._depths = []
+        run = super().forward  # type: ignore[misc]
+        alone = input_ids is not None and len(input_ids) == 1 and kwargs.get("labels") is None
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        if self.precision.depth is not None or padded or not alone:
+            self.precision.average_bits = self._asked_bits
+            output = run(
+                input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+            self._depths.append(self._recorded())
+            return output
+        cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+        only_last = isinstance(logits_to_keep, int) and logits_to_keep == 1
+        logits = []
+        for begin, end in self._stretches(cache, input_ids.shape[1]):
+            output = run(
+                input_ids[:, begin:end],
+                position_ids=None if position_ids is None else position_ids[:, begin:end],
+                past_key_values=cache,
+                logits_to_keep=int(only_last),
+                **kwargs | {"use_cache": True},
+            )
+            logits.append(output.logits)
+        if not only_last:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            output.logits = torch.cat(logits, dim=1)[:, kept]
+        return output
+
+    def _stretches(self, cache: Cache, tokens: int) -> Iterator[tuple[int, int]]:
+        """(begin, end) of the tokens to run next, with the precision set for them; notes what they read."""
+        position = cache.get_seq_length()
+        followed = self._followed.get(cache)
+        known = followed is not None and followed.asked == self._asked_bits
+        if not known or followed.origin + sum(map(len, followed.depths)) != position:
+            followed = self._followed[cache] = _Followed(self._asked_bits, position)
+        begin = 0
+        while begin < tokens:
+            read = np.concatenate(followed.depths) if followed.depths else np.empty((0, 0, len(LINEARS)), np.uint8)
+            correction = RunningCorrection(followed.asked)
+            while correction.end is not None and correction.end <= len(read):
+                correction.finish_stretch(self._average(read[: correction.end]))
+            left = tokens - begin
+            end = begin + (left if correction.end is None else min(left, correction.end - len(read)))
+            self.precision.average_bits = correction.bits
+            yield begin, end
+            begin = end
+            self._depths.append(self._recorded())
+            followed.depths.append(self._depths[-1])
+
+    def _average(self, depths: np.ndarray) -> float:
+        """Average bits per routed weight of depths [tokens, blocks, 7], in the runtime's operations."""
+        read = SLICE_BITS * (depths.sum(axis=(0, 1), dtype=np.int64) @ self._sizes)
+        return float(read) / (float(self._sizes.sum() * depths.shape[1]) * len(depths))
+
+    def _recorded(self) -> np.ndarray:
+        recorded, blocks = self.precision.recorded, range(self.config.num_hidden_layers)
+        stacked = [torch.stack([recorded[block, i] for i in range(len(LINEARS))], 1) for block in blocks]
         return torch.stack(stacked, 1).cpu().numpy()
 
 
@@ -102,6 +197,8 @@ class MobiQuantQuantizer(HfQuantizer):
             model.model.rotary_emb = ExactRotary(config.head_dim)
             tied = config.tie_word_embeddings
             model.lm_head = nn.Identity() if tied else SliceLinear(_empty_slices(vocabulary, width))
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{STATIC_ORDER}$"}  # static budgets are the runtime's
         model._tied_weights_keys = {}
         model.all_tied_weights_keys = {}
         return model
@@ -129,7 +226,7 @@ class MobiQuantQuantizer(HfQuantizer):
         model.requires_grad_(False)
         # A class of the model's own name, so that what transformers derives from the name stays right.
         model.__class__ = type(type(model).__name__, (SlicedModel, type(model)), {"__module__": __name__})
-        model.precision = precision
+        model.install_precision(precision)
         return model
 
     def _empty_routers(self, shapes: dict[str, tuple[int, int]]) -> dict[str, Router]:

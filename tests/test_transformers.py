@@ -54,6 +54,22 @@ def test_generate_gives_the_runtime_s_tokens(model: Any, tiny_checkpoint: Path, 
         assert [token for token, _ in zip(drawn, range(30), strict=False)] == tokens
 
 
+def test_long_sequence_keeps_to_its_average_as_the_reference_does(model: Any, tiny_checkpoint: Path) -> None:
+    """Past the first stretch of the running correction, in one piece and in two with a cache."""
+    tokens = np.random.default_rng(7).integers(2, 320, 200)
+    reference = open_reference(tiny_checkpoint)
+    reference.set_average_bits(3.0)
+    expected = reference.logits(tokens)
+    model.set_avg_bits(3.0)
+    ids = torch.from_numpy(tokens)[None]
+    np.testing.assert_array_equal(model(ids).logits[0].numpy(), expected)
+    np.testing.assert_array_equal(model.depths, reference.depths)
+    first = model(ids[:, :150], use_cache=True)
+    second = model(ids[:, 150:], past_key_values=first.past_key_values, logits_to_keep=1)
+    np.testing.assert_array_equal(first.logits[0].numpy(), expected[:150])
+    np.testing.assert_array_equal(second.logits[0].numpy(), expected[-1:])
+
+
 def test_padded_prompts_in_a_batch_give_what_each_gives_alone(model: Any) -> None:
     model.set_avg_bits(4.0)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
