@@ -83,7 +83,7 @@ def create_completion(
     if echo:
         start = model.tokenizer.decode(tokens) if not isinstance(prompt, str | bytes) else as_text(prompt)
         if logprobs is not None:
-            before = _scored_prompt(model, request)
+            before = _scored_prompt(model, request, cancelled)
     generation = Generation(model, request, cancelled)
     log = _CompletionLogprobs(model.tokenizer, logprobs is not None)
     if stream:
@@ -256,12 +256,14 @@ def _chat_logprobs(steps: Sequence[Step], tokenizer: Tokenizer) -> Result | None
     return {"content": content} if content else None
 
 
-def _scored_prompt(model: TokenModel, request: Request) -> list[Likelihood | None]:
+def _scored_prompt(
+    model: TokenModel, request: Request, cancelled: Callable[[], bool] | None
+) -> list[Likelihood | None]:
     before = model.budget
     try:
         if request.budget is not None:
             model.budget = request.budget
-        return prompt_likelihoods(model, request.tokens, request.logprobs or 0)
+        return prompt_likelihoods(model, request.tokens, request.logprobs or 0, cancelled)
     finally:
         model.budget = before
 

@@ -220,11 +220,16 @@ def likelihoods(logits: np.ndarray, tokens: Sequence[int], top: int) -> list[Lik
 _SCORED_TOGETHER = 64  # prompt tokens whose logits are held at once
 
 
-def prompt_likelihoods(model: TokenModel, tokens: Sequence[int], top: int) -> list[Likelihood | None]:
-    """Of every prompt token given those before it; None for the first. Leaves the prompt in the cache."""
+def prompt_likelihoods(
+    model: TokenModel, tokens: Sequence[int], top: int, cancelled: Callable[[], bool] | None = None
+) -> list[Likelihood | None]:
+    """Of every prompt token given those before it; None for the first, and for the rest once `cancelled` is true.
+    Leaves the prompt in the cache."""
     model.reset()
     found: list[Likelihood | None] = [None]
     for start in range(0, len(tokens), _SCORED_TOGETHER):
+        if cancelled and cancelled():
+            return found + [None] * (len(tokens) - len(found))
         logits = model.eval(tokens[start : start + _SCORED_TOGETHER], all_logits=True)
         following = tokens[start + 1 : start + 1 + len(logits)]
         found += likelihoods(logits[: len(following)], following, top)

@@ -57,7 +57,8 @@ class StopStrings:
             self._held = ""
             return text[: min(found)], True
         # Hold back the longest end that could be the start of a stop string.
-        ends = [size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
+        longest = len(text) + 1
+        ends = [n for stop in self._stops for n in range(1, min(len(stop), longest)) if text.endswith(stop[:n])]
         certain = len(text) - max(ends, default=0)
         self._held = text[certain:]
         return text[:certain], False

@@ -173,6 +173,8 @@ def test_openai_client_gets_errors_that_name_the_field(client: Any) -> None:
         ({"prompt": "x", "temperature": "hot"}, "temperature: expected a number, found 'hot'"),
         ({"prompt": "x", "temperature": -1}, "temperature: expected a number from 0"),
         ({"prompt": "x", "stop": ["a"] * 17}, "stop: expected a text or a list of at most 16"),
+        ({"prompt": "x", "stop": "a" * 501}, "stop: expected a text or a list of at most 16, each of at most 500"),
+        ({"prompt": "x", "bits": 3}, "bits: expected 2, 4, 6, 8 or static:X with X from 2 to 8, found 3"),
         ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias: expected an object of token ids and numbers"),
         ({"prompt": "x", "logit_bias": {"999": 1}}, "logit_bias: expected token ids from 0 to 271, found 999"),
         ({"prompt": "x", "bits": 2, "avg_bits": 3}, "budget: expected bits or average bits, found both"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime.budget import parse_bits
 
-MAX_STOPS = 16
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 500  # every piece of text is compared with each
 MAX_LOGPROBS = 20
 
 
@@ -84,7 +84,7 @@ def _common(fields: dict[str, Any], max_tokens: int, default: int) -> dict[str, 
         "max_tokens": min(_take(fields, "max_tokens", _integer(0), default=default), max_tokens),
         "stop": _take(fields, "stop", _stops, default=[]),
         "avg_bits": _take(fields, "avg_bits", _number),
-        "bits": _take(fields, "bits", lambda value: parse_bits(str(value))),
+        "bits": _take(fields, "bits", _bits),
         "logit_bias": _take(fields, "logit_bias", _bias, default={}),
     }
     checks: dict[str, Callable[[Any], Any]] = dict.fromkeys(("top_k", "last_n", "mirostat_mode", "seed"), _integer(0))
@@ -136,6 +136,13 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _bits(value: Any) -> int | str:
+    try:
+        return parse_bits(str(value))
+    except ValueError:
+        raise ValueError("expected 2, 4, 6, 8 or static:X with X from 2 to 8") from None
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("expected true or false")
@@ -165,8 +172,9 @@ def _prompt(value: Any) -> str | list[int]:
 
 def _stops(value: Any) -> list[str]:
     stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError(f"expected a text or a list of at most {MAX_STOPS}")
+    good = isinstance(stops, list) and len(stops) <= MAX_STOPS
+    if not good or not all(isinstance(stop, str) and len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        raise ValueError(f"expected a text or a list of at most {MAX_STOPS}, each of at most {MAX_STOP_CHARACTERS}")
     return stops
 
 
