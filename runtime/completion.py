@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from runtime.budget import Budget
 from runtime.chat import ChatTemplate, Message
@@ -40,6 +40,39 @@ class ChatModel(TokenModel, Protocol):
     def chat(self) -> ChatTemplate: ...
 
 
+class CompletionOptions(SamplingOptions, total=False):
+    """Keyword arguments that both kinds of completion share."""
+
+    stop: str | Sequence[str] | None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
+    avg_bits: float | None
+    bits: int | str | None
+    keep_cache: bool
+    cancelled: Callable[[], bool] | None
+
+
+@overload
+def create_completion(
+    model: TokenModel,
+    prompt: str | bytes | Sequence[int],
+    max_tokens: int | None = 16,
+    *,
+    stream: Literal[False] = False,
+    echo: bool = False,
+    logprobs: int | None = None,
+    **options: Unpack[CompletionOptions],
+) -> Result: ...
+@overload
+def create_completion(
+    model: TokenModel,
+    prompt: str | bytes | Sequence[int],
+    max_tokens: int | None = 16,
+    *,
+    stream: Literal[True],
+    echo: bool = False,
+    logprobs: int | None = None,
+    **options: Unpack[CompletionOptions],
+) -> Iterator[Result]: ...
 def create_completion(
     model: TokenModel,
     prompt: str | bytes | Sequence[int],
@@ -96,6 +129,28 @@ def create_completion(
     return head | {"choices": [choice]} | _totals(generation)
 
 
+@overload
+def create_chat_completion(
+    model: ChatModel,
+    messages: Sequence[Message],
+    max_tokens: int | None = None,
+    *,
+    stream: Literal[False] = False,
+    logprobs: bool = False,
+    top_logprobs: int = 0,
+    **options: Unpack[CompletionOptions],
+) -> Result: ...
+@overload
+def create_chat_completion(
+    model: ChatModel,
+    messages: Sequence[Message],
+    max_tokens: int | None = None,
+    *,
+    stream: Literal[True],
+    logprobs: bool = False,
+    top_logprobs: int = 0,
+    **options: Unpack[CompletionOptions],
+) -> Iterator[Result]: ...
 def create_chat_completion(
     model: ChatModel,
     messages: Sequence[Message],
@@ -222,8 +277,9 @@ class _CompletionLogprobs:
         return self._object([(step.token, step.likelihood) for step in steps]) if self._wanted else None
 
     def joined(self, parts: Sequence[Result | None]) -> Result | None:
-        parts = [part for part in parts if part is not None]
-        return {key: [item for part in parts for item in part[key]] for key in parts[0]} if parts else None
+        """One object of several, those that are None left out."""
+        present = [part for part in parts if part is not None]
+        return {key: [item for part in present for item in part[key]] for key in present[0]} if present else None
 
     def _object(self, entries: Sequence[tuple[int, Likelihood | None]]) -> Result:
         texts, offsets = [], []
@@ -269,7 +325,7 @@ def _scored_prompt(
 
 
 def _settings(model: TokenModel, sampling: SamplingOptions) -> SamplingSettings:
-    options = dict(sampling)
+    options: dict[str, Any] = dict(sampling)
     if options.get("seed") is None:
         options["seed"] = model.seed
     try:
