@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from runtime.files import write_atomically
 from runtime.generation import Figures, Generation
 from runtime.page import Fragment, html_page, svg_picture
 from runtime.picture import Scale, coloured, histogram, wants_colour
@@ -64,11 +65,6 @@ def print_summary(generation: Generation, scale: Scale | None) -> None:
 
 
 def write_picture(path: Path, title: str, fragments: Sequence[Fragment], scale: Scale) -> None:
-    """An HTML page, or an SVG picture when the name ends so; under a temporary name first."""
+    """An HTML page, or an SVG picture when the name ends so."""
     text = (svg_picture if path.suffix == ".svg" else html_page)(title, fragments, scale)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, text.encode("utf-8"))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.errors import MobiQuantError
 from runtime.options import add_model_options, add_sampling_options, one_line_errors, open_model, sampling_settings
 
 if TYPE_CHECKING:
@@ -27,6 +30,9 @@ def add_run(subparsers: argparse._SubParsersAction) -> None:
     prompt.add_argument("-p", "--prompt", help="text to continue")
     prompt.add_argument("-f", "--file", type=Path, metavar="FILE", help="file with the text to continue")
     parser.add_argument("-i", "--interactive", action="store_true", help="then go on with what you type; Ctrl-D ends")
+    parser.add_argument(
+        "--prompt-cache", type=Path, metavar="FILE", help="what was computed: taken from FILE if it exists, kept in it"
+    )
     add_output_options(parser)
     add_model_options(parser)
     add_sampling_options(parser)
@@ -63,7 +69,7 @@ def run_command(args: argparse.Namespace) -> int:
         raise ValueError("--json: expected without -i")
     settings = sampling_settings(args)
     prompt = as_text(args.file.read_bytes() if args.prompt is None else args.prompt)
-    with open_model(args) as model:
+    with open_model(args) as model, _prompt_cache(model, args.prompt_cache):
         if not args.json:
             return _stream(args, model, prompt, settings)
         with ending_on_interrupt() as interrupted:
@@ -76,6 +82,21 @@ def run_command(args: argparse.Namespace) -> int:
             )
             print(json.dumps(result, ensure_ascii=False))
             return 130 if interrupted() else 0
+
+
+@contextmanager
+def _prompt_cache(model: Model, path: Path | None) -> Iterator[None]:
+    """Begin with the session in the file at `path`, if there is one, and leave this one there."""
+    from runtime.files import write_atomically
+
+    if path is not None and path.exists():
+        try:
+            model.load_state(path.read_bytes())
+        except (MobiQuantError, ValueError) as error:
+            raise ValueError(f"{path}: {error}; delete it to begin anew") from error
+    yield
+    if path is not None:
+        write_atomically(path, model.save_state())
 
 
 def _stream(args: argparse.Namespace, model: Model, prompt: str, settings: SamplingSettings) -> int:

@@ -113,6 +113,20 @@ def test_interactive_run_goes_on_with_what_is_typed(path: Path) -> None:
     assert re.findall(r"prompt (\d+) tokens", done.stderr) == ["3", str(3 + 12 + 5), str(3 + 12 + 5 + 12 + 9)]
 
 
+def test_prompt_cache_saves_computing_the_prompt_again(path: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "session.bin"
+    options = ("run", "-m", path, *GREEDY, "--avg-bits", "3", "--json", "--prompt-cache", cache)
+    first, second, longer = (
+        json.loads(command(*options, "-p", prompt).stdout) for prompt in ("a beginning", "a beginning", "a beginning!")
+    )
+    assert [result["timings"]["prompt_n"] for result in (first, second, longer)] == [12, 1, 1]
+    assert second["choices"] == first["choices"]
+    cache.write_bytes(cache.read_bytes()[:-1])
+    done = command(*options, "-p", "a beginning")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*session\.bin: state: expected \d+ bytes .*; delete it to begin anew\n", done.stderr)
+
+
 def test_show_bits_in_a_pipe_is_plain_text_with_a_histogram(path: Path) -> None:
     plain = command("run", "-m", path, "-p", "hi", *GREEDY, "--avg-bits", "3")
     shown = command("run", "-m", path, "-p", "hi", *GREEDY, "--avg-bits", "3", "--show-bits")
