@@ -43,6 +43,7 @@ from mobiquant.config import CalibrationSettings, QuantizationConfig, RouterConf
 from mobiquant.data import CalibrationWindows, calibration_windows
 from mobiquant.linear import Precision, SliceEmbedding
 from mobiquant.models import UnsupportedModelError, install_slices, linear_shapes, load_block
+from mobiquant.outer import measure_outer
 from mobiquant.packing import SLICE_COUNT
 from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask, Recipe, recipes
 from mobiquant.router import expected_gains, router_hidden_size
@@ -55,6 +56,8 @@ from mobiquant.thresholds import RouterScores, budget_cuts
 STATE_FILE = "calibration.json"
 _SENSITIVITY_FILE = "sensitivity.safetensors"
 _THRESHOLD_WINDOWS = 16
+# Tokens that pass a block together where nothing is trained.
+_PASS_TOKENS = 16384
 # Only a run that goes on needs these; a finished folder has none.
 _WORK_FILES = (_SENSITIVITY_FILE, "recipe-*.safetensors")
 
@@ -108,6 +111,7 @@ class _Calibration:
         self.source, self.folder, self.settings = source, folder, settings
         self.windows, self._draw_windows = windows(settings.samples), windows
         self.device = torch.device(settings.device)
+        self.batch = max(1, _PASS_TOKENS // settings.seq_len)
         shapes = linear_shapes(source.config)
         hidden_size = router_hidden_size([[shapes[name] for name in names] for names in ROUTER_POINTS.values()])
         self.quantization = QuantizationConfig(RouterConfig(hidden_size), settings=settings)
@@ -149,7 +153,7 @@ class _Calibration:
         path = self.folder / _SENSITIVITY_FILE
         if not path.is_file():
             windows, settings = self.windows.training, self.settings
-            measured = measure_sensitivity(self.source, embedding, windows, settings.batch, settings.seed, self.device)
+            measured = measure_sensitivity(self.source, embedding, windows, self.batch, settings.seed, self.device)
             measured.save(path)
         return Sensitivity.load(path)
 
@@ -221,7 +225,7 @@ class _Calibration:
 
     @torch.no_grad()
     def _advance_exact(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        batches = hidden.split(self.settings.batch)
+        batches = hidden.split(self.batch)
         return torch.cat([block(x.to(self.device), position_embeddings=self.positions).cpu() for x in batches])
 
     @torch.no_grad()
@@ -233,10 +237,10 @@ class _Calibration:
             self.precision.depth = depth
             windows = torch.nonzero(streams.depths == depth).flatten()
             training, held_out = windows[windows < samples], windows[windows >= samples]
-            for chosen in training.split(self.settings.batch):
+            for chosen in training.split(self.batch):
                 outputs[chosen] = self._run(block, streams.sliced[chosen])
             with RouterScores(block) as recorded:
-                for chosen in held_out.split(self.settings.batch):
+                for chosen in held_out.split(self.batch):
                     outputs[chosen] = self._run(block, streams.sliced[chosen])
             scores[depth - 1] += recorded.per_linear()
         return outputs
@@ -279,9 +283,15 @@ class _Calibration:
                 name = block_name(index, f"router_{point}.threshold")
                 tensors[name] = np.broadcast_to(cuts, tensors[name].shape)
             write_tensors(path, tensors)
-        outer = _slice_tensors(EMBEDDING, table)
+        outer, head = _slice_tensors(EMBEDDING, table), table
         if not self.source.config.tie_word_embeddings:
-            outer |= _slice_tensors(HEAD, _sliced(self.source.head(), f"{HEAD}.weight"))
+            head = _sliced(self.source.head(), f"{HEAD}.weight")
+            outer |= _slice_tensors(HEAD, head)
+        costs = measure_outer(self.source, table, head, self.windows.held_out, self.settings.batch, self.device)
+        embedding_depth, output_depth = costs.choose()
+        quantization = dataclasses.replace(
+            self.quantization, embedding_depth=embedding_depth, output_depth=output_depth
+        )
         outer[FINAL_NORM] = self.source.tensor(FINAL_NORM).numpy()
         outer[STATIC_ORDER] = static_order(expected_gains(scores))
         outer[ROTARY_FREQUENCIES] = self.source.rotary().inv_freq.numpy()
@@ -289,7 +299,7 @@ class _Calibration:
         for path in _work_files(self.folder):
             path.unlink()
         files = [*(block_file(index) for index in range(count)), OUTER_FILE]
-        finish_checkpoint(self.folder, self.source.path, self.source.content, self.quantization, files)
+        finish_checkpoint(self.folder, self.source.path, self.source.content, quantization, files)
 
 
 def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -> None:

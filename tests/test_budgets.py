@@ -240,3 +240,18 @@ def test_a_new_budget_starts_a_correction_of_its_own(long_path: Path) -> None:
         model.bits = 3.0
         model.eval(LONG_TEXT[500:])
         assert (model.stats - before).average_bits == pytest.approx(3.0, abs=0.05)
+
+
+# Embedding and output head
+
+
+def test_depths_outside_the_blocks_are_the_least_whose_cost_is_below_one_per_cent() -> None:
+    outer = pytest.importorskip("mobiquant.outer")
+    # By embedding depth, then by head depth.
+    growth = np.array(
+        [[0.3, 0.1, 0.1, 0.1], [0.2, 0.03, 0.02, 0.02], [0.2, 0.02, 0.008, 0.006], [0.2, 0.008, 0.0, 0.0]]
+    )
+    assert outer.OuterCosts(growth, growth).choose() == (4, 2)
+    divergence = np.where(growth == 0.008, 0.011, growth)
+    assert outer.OuterCosts(growth, divergence).choose() == (4, 3)
+    assert outer.OuterCosts(growth, growth + 1).choose() == (4, 4)

@@ -23,6 +23,7 @@ from mobiquant.data import calibration_windows  # noqa: E402
 from mobiquant.demo import train  # noqa: E402
 from mobiquant.evaluate import Evaluation, evaluate, logits_of  # noqa: E402
 from mobiquant.models import UnsupportedModelError, parse_config  # noqa: E402
+from mobiquant.recipes import best, distill, gains, route  # noqa: E402
 from mobiquant.reference import open_reference  # noqa: E402
 from mobiquant.source import open_source  # noqa: E402
 
@@ -73,21 +74,59 @@ def test_interrupted_and_resumed_run_gives_the_same_bytes(
     assert contents(folder) == contents(tiny_checkpoint)
 
 
-def test_recipe_best_lowers_the_divergence_at_2_bits_and_resumes_to_the_same_bytes(
-    tmp_path, monkeypatch, tiny_model, tiny_text, tiny_settings, tiny_checkpoint
+@pytest.fixture(scope="module")
+def best_settings(tiny_settings):
+    return dataclasses.replace(tiny_settings, recipe="best", distill_steps=40, distill_batch=4)
+
+
+@pytest.fixture(scope="module")
+def best_checkpoint(tmp_path_factory, tiny_model, tiny_text, best_settings) -> Path:
+    folder = tmp_path_factory.mktemp("best") / "checkpoint"
+    calibration.calibrate(open_source(str(tiny_model)), folder, tiny_text, best_settings)
+    return folder
+
+
+@pytest.mark.parametrize("fits", [True, False], ids=["whole model", "block by block"])
+def test_recipe_best_lowers_the_divergence_at_2_bits(
+    tmp_path, monkeypatch, tiny_model, tiny_text, best_settings, best_checkpoint, fits
 ):
-    settings = dataclasses.replace(tiny_settings, recipe="best", distill_steps=40, distill_batch=4)
-    source, whole, resumed = open_source(str(tiny_model)), tmp_path / "whole", tmp_path / "resumed"
-    calibration.calibrate(source, whole, tiny_text, settings)
-    interrupt_at_block(monkeypatch, 1)
-    with pytest.raises(KeyboardInterrupt):
-        calibration.calibrate(source, resumed, tiny_text, settings)
-    monkeypatch.undo()
-    calibration.calibrate(source, resumed, tiny_text, settings)
-    assert contents(resumed) == contents(whole)
-    evaluation = Evaluation(depth=1)
-    best, paper = (evaluate(folder, tiny_text, evaluation, tiny_model)["kld"] for folder in (whole, tiny_checkpoint))
-    assert best < 0.9 * paper
+    folders = {"best": best_checkpoint, "paper": tmp_path / "paper"}
+    source = open_source(str(tiny_model))
+    calibration.calibrate(source, folders["paper"], tiny_text, dataclasses.replace(best_settings, recipe="paper"))
+    if not fits:
+        folders["best"] = tmp_path / "best"
+        monkeypatch.setattr(best, "fits", lambda *_: False)
+        calibration.calibrate(source, folders["best"], tiny_text, best_settings)
+    found = {name: evaluate(path, tiny_text, Evaluation(depth=1), tiny_model)["kld"] for name, path in folders.items()}
+    assert found["best"] < 0.9 * found["paper"]
+
+
+def test_three_interruptions_at_any_step_change_no_byte(
+    tmp_path, monkeypatch, tiny_model, tiny_text, best_settings, best_checkpoint
+):
+    source, folder = open_source(str(tiny_model)), tmp_path / "resumed"
+    for module in (distill, route):
+        monkeypatch.setattr(module, "_SAVE_EVERY", 3)
+    step = torch.optim.AdamW.step
+    counts: list[int] = []
+
+    def stopping_step(self, *args, **kwargs):
+        counts[0] -= 1
+        if counts[0] < 0:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stopping_step)
+    slices, fits = sum(distill.slice_steps(best_settings)), 8 * gains.FIT_STEPS
+    random = np.random.default_rng(4)
+    # In the slices, in a block's routers, and in the routers of the whole model.
+    for low, high in ((4, slices), (slices + fits // 2, slices + fits), (fits // 2 + 4, fits // 2 + 20)):
+        counts[:] = [int(random.integers(low, high))]
+        with pytest.raises(KeyboardInterrupt):
+            calibration.calibrate(source, folder, tiny_text, best_settings)
+    counts[:] = [1 << 30]
+    calibration.calibrate(source, folder, tiny_text, best_settings)
+    assert contents(folder) == contents(best_checkpoint)
 
 
 def test_other_settings_are_refused_until_restart(

@@ -20,14 +20,14 @@ from mobiquant.recipes import ModelTask
 _FILE = "recipe-text.safetensors"
 # Tokens of the text that a window of the model's own begins with.
 _PROMPT = 32
-_LARGEST_BATCH = 2048
-_REPEATS = 3
+_LARGEST_BATCH = 4096
+_REPEATS = 4
 # Share of the device's memory for keys and values; generation copies them at every token.
-_CACHE_SHARE = 0.2
+_CACHE_SHARE = 0.4
 
 
 def training_windows(task: ModelTask, count: int) -> np.ndarray:
-    """int64 [count, seq_len] in seeded order. A window of the text comes at most once, an own one about three times."""
+    """int64 [count, seq_len] in seeded order. A window of the text comes at most once, an own one about four times."""
     text = task.windows(count)
     real = text.training[: min(count, text.distinct)]
     missing = count - len(real)

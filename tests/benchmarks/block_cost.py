@@ -76,7 +76,10 @@ class Clock:
         return call
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """The recipe with its phases timed: a stage is what ends with `advance` naming it."""
+        """The recipe with its phases timed: a stage is what ends with `advance` naming it.
+
+        What it would do with a whole model, where that fits on the device, is left out: one block always fits.
+        """
 
         def run(task: BlockTask) -> CalibratedBlock:
             def advance(stage: str) -> None:

@@ -5,7 +5,6 @@ The same sums as mobiquant.scoring.Score.add, computed where the model is: on a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,20 +69,16 @@ def _scored_hidden(model: DenseModel, window: Window) -> Tensor:
     return model.hidden(window.tokens)[window.first_scored - 1 : -1]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 def table(entries: list[Entry]) -> str:
     """A markdown table, one line a model, perplexity, KL and top-1 for every text."""
     texts = list(dict.fromkeys((entry.text, entry.rule) for entry in entries))
-    found: Mapping[tuple[str, str, str], Entry] = {(entry.name, entry.text, entry.rule): entry for entry in entries}
+    found = {(entry.name, entry.text, entry.rule): entry for entry in entries}
     heads = [f"{part}, {text} ({rule})" for text, rule in texts for part in ("ppl", "KL", "top-1")]
     lines = ["| " + " | ".join(("weights", "bits per weight", *heads)) + " |", "|" + " --- |" * (2 + len(heads))]
     for name, bits in dict.fromkeys((entry.name, entry.bits_per_weight) for entry in entries):
         cells = [name, f"{bits:.2f}"]
         for text, rule in texts:
-            entry = found.get((name, text, rule))
-            cells += ["", "", ""] if entry is None else [f"{entry.ppl:.2f}", f"{entry.kl:.4g}", _percent(entry.top1)]
+            entry = found[name, text, rule]
+            cells += [f"{entry.ppl:.2f}", f"{entry.kl:.4g}", f"{100 * entry.top1:.1f} %"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

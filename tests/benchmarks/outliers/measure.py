@@ -8,6 +8,7 @@ rounding of the same weights to the same number of bits. Routed figures are the 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,43 +120,46 @@ def _linear_errors(
     model: DenseModel, slices: dict[str, SlicedWeight], sensitivity: Sensitivity, windows: np.ndarray
 ) -> dict[str, np.ndarray]:
     """output, error, control_error and cost of `Measured`."""
-    count, length = windows.shape
-    error = torch.empty(len(slices), SLICE_COUNT, count, length)
-    control, cost = torch.empty_like(error), torch.empty_like(error)
-    output = torch.empty(len(slices), count, length)
-    window = 0
-
-    def record(place: int, linear: nn.Module, x: Tensor, result: Tensor) -> None:
-        block, number = divmod(place, len(LINEARS))
-        row_cost = sensitivity.rows[block][number].to(x.device)
-        token_cost = sensitivity.tokens[block, number, window]
-        output[place, window] = result.square().sum(-1).cpu()
-        for index, (wrong, other) in enumerate(differences[place]):
-            squares = (x @ wrong.T).square()
-            error[place, index, window] = squares.sum(-1).cpu()
-            cost[place, index, window] = 0.5 * token_cost * (squares @ row_cost).cpu()
-            control[place, index, window] = (x @ other.T).square().sum(-1).cpu()
-
-    differences, hooks = [], []
+    probes = []
     for place, (name, sliced) in enumerate(slices.items()):
-        linear, weight = model.linears[name], model.originals[name]
-        differences.append(
-            [
-                (unslice_weight(sliced, depth) - weight, round_to_nearest(weight, SLICE_BITS * depth) - weight)
-                for depth in DEPTHS
-            ]
-        )
-        hooks.append(
-            linear.register_forward_hook(
-                lambda linear, args, result, place=place: record(place, linear, args[0][0], result[0])
-            )
-        )
-    for window, tokens in enumerate(tqdm(windows, desc="errors of linears", unit="window")):  # noqa: B007
+        block, index = divmod(place, len(LINEARS))
+        probes.append(_Probe(model.linears[name], sliced, sensitivity.rows[block][index]))
+    for tokens in tqdm(windows, desc="errors of linears", unit="window"):
         model.hidden(tokens)
-    for hook in hooks:
-        hook.remove()
-    flat = {"error": error.flatten(2), "control_error": control.flatten(2), "cost": cost.flatten(2)}
-    return {name: values.numpy() for name, values in (flat | {"output": output.flatten(1)}).items()}
+    result = {
+        key: torch.stack([torch.cat(probe.found[key], -1) for probe in probes])
+        for key in ("output", "error", "control_error", "cost")
+    }
+    result["cost"] *= 0.5 * sensitivity.tokens.reshape(len(probes), 1, -1)
+    for probe in probes:
+        probe.hook.remove()
+    return {key: values.numpy() for key, values in result.items()}
+
+
+class _Probe:
+    """Watches one linear at work. found: per window [n] or [4, n], the parts of `Measured`, the cost without the factor
+    of the token."""
+
+    def __init__(self, linear: nn.Linear, sliced: SlicedWeight, row_cost: Tensor):
+        weight = linear.weight
+        self._wrong = [unslice_weight(sliced, depth) - weight for depth in DEPTHS]
+        self._control = [round_to_nearest(weight, SLICE_BITS * depth) - weight for depth in DEPTHS]
+        self._row_cost = row_cost.to(weight.device)
+        self.found: dict[str, list[Tensor]] = defaultdict(list)
+        self.hook = linear.register_forward_hook(self._record)
+
+    def _record(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0][0]
+        squares = torch.stack([(x @ wrong.T).square() for wrong in self._wrong])
+        control = torch.stack([(x @ wrong.T).square().sum(-1) for wrong in self._control])
+        found = {
+            "output": output[0].square().sum(-1),
+            "error": squares.sum(-1),
+            "control_error": control,
+            "cost": squares @ self._row_cost,
+        }
+        for key, values in found.items():
+            self.found[key].append(values.cpu())
 
 
 def _routed(

@@ -129,8 +129,9 @@ def _worst(measured: Measured, pieces: list[str]) -> str:
             before = _visible("".join(pieces[max(0, place - _CONTEXT) : place]))
             others = ", ".join(f"{_BITS[i]}" for i in np.flatnonzero(mask[:, place]) if i != index) or "none"
             nats = f"{measured.divergence[index, place]:.3g}"
-            rows.append([f"{bits} bits", f"{before}**[{_visible(pieces[place])}]**", nats, others])
-    return _markdown(["outlier at", "token, after", "nats", "outlier also at"], rows)
+            token = _visible(pieces[place]).replace(" ", "␣")
+            rows.append([f"{bits} bits", before, token, nats, others])
+    return _markdown(["outlier at", "after", "token", "nats", "outlier also at"], rows)
 
 
 def _visible(piece: str) -> str:
