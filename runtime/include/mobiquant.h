@@ -120,7 +120,7 @@ mq_status mq_session_eval_hidden(mq_session *session, const int32_t *tokens, siz
                                  mq_error *error);
 
 /* The cache up to the position as bytes: a header, the bits asked for, the depths read, keys and values. They fit every session of the same model
- * file, whatever its threads, batch and kernels, on machines of one byte order. */
+ * file, whatever its threads, batch and kernels, on machines of one byte order. MQ_ERR_UNSUPPORTED off the CPU. */
 size_t mq_session_state_size(const mq_session *session);
 /* Writes exactly mq_session_state_size bytes; `size` is what `data` can hold. */
 mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, mq_error *error);

@@ -268,6 +268,9 @@ mq_status mq_session_eval(mq_session *session, const int32_t *tokens, size_t n, 
 mq_status mq_session_eval_hidden(mq_session *session, const int32_t *tokens, size_t n, float *hidden, size_t n_hidden,
                                  mq_error *error)
 {
+    if (session->batch.x == NULL) { /* on another device */
+        return mq_fail(error, MQ_ERR_UNSUPPORTED, "hidden states: expected a session on the CPU");
+    }
     return evaluate(session, tokens, n, hidden, n_hidden, true, error);
 }
 

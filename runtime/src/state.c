@@ -82,7 +82,8 @@ static size_t state_size(const mq_session *session, uint32_t position)
 {
     const mq_hparams *hp = &session->model->hparams;
     const size_t rows = (size_t)hp->block_count * hp->head_count_kv * position;
-    return sizeof(state_header) + asked_size(position) + depths_size(session, position) + 2 * rows * hp->head_dim * sizeof(uint16_t);
+    const size_t cache = 2 * rows * hp->head_dim * sizeof(uint16_t);
+    return sizeof(state_header) + asked_size(position) + depths_size(session, position) + cache;
 }
 
 size_t mq_session_state_size(const mq_session *session)
@@ -90,13 +91,38 @@ size_t mq_session_state_size(const mq_session *session)
     return state_size(session, session->position);
 }
 
+/* Keys, then values, of the positions before `position`: from the cache to `out`, or, when it is NULL, from `in` to the cache. */
+static void copy_cache(mq_session *session, uint32_t position, uint8_t *out, const uint8_t *in)
+{
+    const mq_hparams *hp = &session->model->hparams;
+    const size_t heads = (size_t)hp->block_count * hp->head_count_kv, size = hp->head_dim * sizeof(uint16_t);
+    uint16_t *const caches[] = {session->keys, session->values};
+    for (size_t i = 0; i < 2 * heads * position; i++) {
+        const size_t head = i / position % heads, at = i % position;
+        uint16_t *row = caches[i / (heads * position)] + (head * session->n_ctx + at) * session->head_dim_padded;
+        if (out != NULL) {
+            memcpy(out + i * size, row, size);
+        } else {
+            memcpy(row, in + i * size, size);
+        }
+    }
+}
+
+/* A session on another device keeps its cache there. */
+static mq_status check_cache(const mq_session *session, mq_error *error)
+{
+    return session->keys != NULL ? MQ_OK : mq_fail(error, MQ_ERR_UNSUPPORTED, "state: expected a session on the CPU");
+}
+
 mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, mq_error *error)
 {
-    const mq_status status = mq_session_acquire(session, error);
+    mq_status status = check_cache(session, error);
+    if (status == MQ_OK) {
+        status = mq_session_acquire(session, error);
+    }
     if (status != MQ_OK) {
         return status;
     }
-    const mq_hparams *hp = &session->model->hparams;
     const size_t needed = mq_session_state_size(session);
     if (size < needed) {
         mq_session_release(session);
@@ -107,15 +133,7 @@ mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, 
     at += asked_size(session->position);
     memcpy(at, session->depths, depths_size(session, session->position));
     at += depths_size(session, session->position);
-    const size_t heads = (size_t)hp->block_count * hp->head_count_kv, row = hp->head_dim * sizeof(uint16_t);
-    const uint16_t *const caches[] = {session->keys, session->values};
-    for (size_t c = 0; c < 2; c++) {
-        for (size_t head = 0; head < heads; head++) {
-            for (size_t p = 0; p < session->position; p++, at += row) {
-                memcpy(at, caches[c] + (head * session->n_ctx + p) * session->head_dim_padded, row);
-            }
-        }
-    }
+    copy_cache(session, session->position, at, NULL);
     state_header header = {.version = VERSION, .position = session->position, .model = fingerprint(session->model), .size = needed,
                            .checksum = hash(HASH_START, data + sizeof header, needed - sizeof header)};
     memcpy(header.magic, MAGIC, sizeof MAGIC);
@@ -183,7 +201,10 @@ static mq_status check_body(const mq_session *session, const uint8_t *data, size
 mq_status mq_session_state_set(mq_session *session, const uint8_t *data, size_t size, mq_error *error)
 {
     state_header header;
-    mq_status status = check_header(session, data, size, &header, error);
+    mq_status status = check_cache(session, error);
+    if (status == MQ_OK) {
+        status = check_header(session, data, size, &header, error);
+    }
     if (status == MQ_OK) {
         status = check_body(session, data, size, header.position, error);
     }
@@ -193,21 +214,12 @@ mq_status mq_session_state_set(mq_session *session, const uint8_t *data, size_t 
     if (status != MQ_OK) {
         return status;
     }
-    const mq_hparams *hp = &session->model->hparams;
     const uint8_t *at = data + sizeof header;
     memcpy(session->asked_at, at, asked_size(header.position));
     at += asked_size(header.position);
     memcpy(session->depths, at, depths_size(session, header.position));
     at += depths_size(session, header.position);
-    const size_t heads = (size_t)hp->block_count * hp->head_count_kv, row = hp->head_dim * sizeof(uint16_t);
-    uint16_t *const caches[] = {session->keys, session->values};
-    for (size_t c = 0; c < 2; c++) {
-        for (size_t head = 0; head < heads; head++) {
-            for (size_t p = 0; p < header.position; p++, at += row) {
-                memcpy(caches[c] + (head * session->n_ctx + p) * session->head_dim_padded, at, row);
-            }
-        }
-    }
+    copy_cache(session, header.position, NULL, at);
     session->position = header.position;
     session->stretch_end = 0; /* thresholds are found anew */
     mq_session_release(session);
