@@ -24,7 +24,7 @@ from mobiquant.scoring import RULES, default_window, format_result
 from mobiquant.text import read_text
 from mobiquant.torch_setup import prepare_torch
 from runtime.budget import Budget
-from runtime.cli import bits_option
+from runtime.options import bits_option
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

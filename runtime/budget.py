@@ -68,6 +68,11 @@ class Budget:
             return cls.of(bits) if isinstance(bits, str) else cls(bits, routed=False)
         return None if avg_bits is None else cls(float(avg_bits), routed=True)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.bits:g} bits {'on average' if self.routed else 'by linear' if self.static else 'for every token'}"
+        )
+
     @property
     def value(self) -> int | float | str:
         """What `of` takes to give this budget."""

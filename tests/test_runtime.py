@@ -15,9 +15,9 @@ from export.synthetic import synthetic_vocabulary
 from export.to_gguf import export_synthetic
 from runtime import MobiQuantError, Model
 from runtime.budget import Budget
-from runtime.completion import StopStrings
 from runtime.sampling import SamplingSettings
-from runtime.tokens import TextStream, Tokenizer
+from runtime.stream import StopStrings, TextStream
+from runtime.tokens import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 GREEDY = SamplingSettings(temperature=0)

@@ -219,3 +219,13 @@ void mq_forward(mq_session *session, const int32_t *tokens, uint32_t n, float *l
         run_output(&p, logits, n_logits);
     }
 }
+
+void mq_forward_hidden(const mq_session *session, uint32_t n, float *hidden, uint32_t n_hidden)
+{
+    const mq_hparams *hp = &session->model->hparams;
+    const size_t width = hp->embedding_length;
+    const float *x = session->batch.x + (size_t)(n - n_hidden) * width; /* the residual stream of the batch */
+    for (size_t t = 0; t < n_hidden; t++) {
+        session->kernels->rmsnorm(x + t * width, session->model->output_norm, width, hp->rms_epsilon, hidden + t * width);
+    }
+}

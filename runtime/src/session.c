@@ -219,7 +219,7 @@ static mq_status check_tokens(const mq_session *session, const int32_t *tokens, 
                        session->n_ctx - session->position, session->n_ctx);
     }
     if (n_logits > n) {
-        return mq_fail(error, MQ_ERR_ARGUMENT, "n_logits: expected at most the %zu tokens given, found %zu", n, n_logits);
+        return mq_fail(error, MQ_ERR_ARGUMENT, "rows of output: expected at most the %zu tokens given, found %zu", n, n_logits);
     }
     for (size_t i = 0; i < n; i++) {
         if (tokens[i] < 0 || (uint32_t)tokens[i] >= vocab) {
@@ -230,27 +230,48 @@ static mq_status check_tokens(const mq_session *session, const int32_t *tokens, 
     return MQ_OK;
 }
 
-mq_status mq_session_eval(mq_session *session, const int32_t *tokens, size_t n, float *logits, size_t n_logits, mq_error *error)
+/* Of the last n_output tokens: rows of logits, or, with `hidden`, of hidden states. */
+static mq_status evaluate(mq_session *session, const int32_t *tokens, size_t n, float *output, size_t n_output, bool hidden,
+                          mq_error *error)
 {
     mq_status status = mq_session_acquire(session, error);
     if (status != MQ_OK) {
         return status;
     }
-    status = check_tokens(session, tokens, n, n_logits, error);
+    const mq_hparams *hp = &session->model->hparams;
+    const size_t row = hidden ? hp->embedding_length : hp->vocab_size;
+    status = check_tokens(session, tokens, n, n_output, error);
     for (size_t done = 0; done < n && status == MQ_OK;) {
         const size_t left = n - done;
         const uint32_t count = mq_budget_begin(session, left < session->n_batch ? (uint32_t)left : session->n_batch);
         const size_t after = left - count; /* tokens still to come */
-        const size_t wanted = n_logits > after ? n_logits - after : 0;
+        const size_t wanted = n_output > after ? n_output - after : 0;
         const uint32_t here = wanted < count ? (uint32_t)wanted : count;
-        mq_forward(session, tokens + done, count, logits, here);
-        logits = here > 0 ? logits + (size_t)here * session->model->hparams.vocab_size : logits;
-        n_logits -= here;
+        mq_forward(session, tokens + done, count, output, hidden ? 0 : here);
+        if (hidden) {
+            mq_forward_hidden(session, count, output, here);
+        }
+        output = here > 0 ? output + here * row : output;
+        n_output -= here;
         session->position += count;
         done += count;
     }
     mq_session_release(session);
     return status;
+}
+
+mq_status mq_session_eval(mq_session *session, const int32_t *tokens, size_t n, float *logits, size_t n_logits, mq_error *error)
+{
+    return evaluate(session, tokens, n, logits, n_logits, false, error);
+}
+
+mq_status mq_session_eval_hidden(mq_session *session, const int32_t *tokens, size_t n, float *hidden, size_t n_hidden,
+                                 mq_error *error)
+{
+    if (session->batch.x == NULL) { /* on another device */
+        return mq_fail(error, MQ_ERR_UNSUPPORTED, "hidden states: expected a session on the CPU");
+    }
+    return evaluate(session, tokens, n, hidden, n_hidden, true, error);
 }
 
 uint32_t mq_session_position(const mq_session *session)

@@ -53,6 +53,8 @@ struct mq_session {
 
 /* forward.c: tokens [n], n ≤ n_batch, at positions position .. position + n − 1; logits of the last n_logits. */
 void mq_forward(mq_session *session, const int32_t *tokens, uint32_t n, float *logits, uint32_t n_logits);
+/* forward.c: after mq_forward on n tokens: their final-norm hidden states, the last n_hidden, [n_hidden][embedding_length]. */
+void mq_forward_hidden(const mq_session *session, uint32_t n, float *hidden, uint32_t n_hidden);
 
 /* Every call that changes or copies a session takes it; a second thread gets MQ_ERR_BUSY and not a race. */
 mq_status mq_session_acquire(mq_session *session, mq_error *error);
