@@ -12,6 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 LANES = 16
+ATTENTION_CHUNK = 256  # positions; runtime/src/definition.h
+
+# Softmax over some positions: Σ weight·value [heads, tokens, head_dim], Σ weight and the largest score [heads, tokens, 1].
+Part = tuple[Tensor, Tensor, Tensor]
 
 # Of float64's mantissa, what float32 drops, and its pattern halfway between two floats.
 _DROPPED_BITS, _HALFWAY = (1 << 29) - 1, 1 << 28
@@ -99,17 +103,44 @@ def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Softmax attention of every token over itself and what came before, float32 [heads, tokens, head_dim] each."""
-    tokens = query.shape[1]
-    scores = torch.cat([dot(part.unsqueeze(2), key.unsqueeze(1)) for part in query.split(32, dim=1)], dim=1) * scale
-    future = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
-    largest = scores.masked_fill(future, -torch.inf).amax(-1, keepdim=True)
+    """Softmax attention of every token over itself and what came before, float32 [heads, tokens, head_dim] each.
+
+    Chunk of positions by chunk, each joined to those before it: weights relative to the largest score so far.
+    """
+    heads, tokens, _ = query.shape
+    joined = torch.zeros_like(query)
+    sums, largest = (query.new_full((heads, tokens, 1), start) for start in (0.0, -torch.inf))
+    for begin in range(0, tokens, ATTENTION_CHUNK):
+        seeing = slice(begin, None)  # earlier tokens see nothing of this chunk
+        part = _attend_chunk(query[:, seeing], key[:, begin:], value[:, begin:], scale)
+        if begin > 0:
+            part = _join((joined[:, seeing], sums[:, seeing], largest[:, seeing]), part)
+        joined[:, seeing], sums[:, seeing], largest[:, seeing] = part
+    return joined * (1.0 / sums)
+
+
+def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Part:
+    """One chunk, whose first position is the first token's own."""
+    tokens, positions = query.shape[1], min(key.shape[1], ATTENTION_CHUNK)
+    scores = query.new_zeros(query.shape[0], tokens, positions)
+    for i in range(query.shape[2]):
+        scores = fma(query[:, :, None, i], key[:, None, :positions, i], scores)
+    future = torch.ones(tokens, positions, dtype=torch.bool, device=query.device).triu(1)
+    scores = (scores * scale).masked_fill(future, -torch.inf)
+    largest = scores.amax(-1, keepdim=True)
     weights = exponential(scores - largest).masked_fill(future, 0.0)
-    lanes = torch.zeros(*weights.shape[:2], LANES, device=query.device)
-    for part in functional.pad(weights, (0, -tokens % LANES)).split(LANES, dim=-1):
+    lanes = query.new_zeros(*weights.shape[:2], LANES)
+    for part in functional.pad(weights, (0, -positions % LANES)).split(LANES, dim=-1):
         lanes = lanes + part
     total = torch.zeros_like(query)
-    for position in range(tokens):
+    for position in range(positions):
         later = slice(position, None)  # earlier tokens do not see this position
         total[:, later] = fma(weights[:, later, position, None], value[:, None, position], total[:, later])
-    return total * (1.0 / fold(lanes)).unsqueeze(-1)
+    return total, fold(lanes).unsqueeze(-1), largest
+
+
+def _join(part: Part, following: Part) -> Part:
+    """Parts of two neighbouring chunks as one."""
+    largest = torch.maximum(part[2], following[2])
+    mine, theirs = exponential(part[2] - largest), exponential(following[2] - largest)
+    return fma(part[0], mine, following[0] * theirs), fma(part[1], mine, following[1] * theirs), largest

@@ -45,5 +45,5 @@ def test_the_bundled_model_gives_the_reference_bits(tmp_path: Path) -> None:
     file = tmp_path / "tale-6m.gguf"
     export_checkpoint(tmp_path / "checkpoint", file)
     ids = source.tokenizer().encode((DEMO / "heldout.txt").read_text(encoding="utf-8")[:4000]).ids
-    windows = [window.tokens for window in make_windows(ids, "all", 200, 0)[:2]]
+    windows = [window.tokens for window in make_windows(ids, "all", 290, 0)[:1]]  # past one attention chunk
     check(tmp_path / "checkpoint", file, windows, 200, (2, 8, 3.0, 5.0))
