@@ -14,7 +14,7 @@ from torch.nn import functional
 LANES = 16
 ATTENTION_CHUNK = 256  # positions; runtime/src/definition.h
 
-# Softmax over some positions: Σ weight·value [heads, tokens, head_dim], Σ weight and the largest score [heads, tokens, 1].
+# Softmax over some positions: Σ weight·value [heads, tokens, head_dim]; Σ weight and largest score [heads, tokens, 1].
 Part = tuple[Tensor, Tensor, Tensor]
 
 # Of float64's mantissa, what float32 drops, and its pattern halfway between two floats.

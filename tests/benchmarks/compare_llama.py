@@ -1,4 +1,4 @@
-"""Speed against llama.cpp on one shape, all systems interleaved in one run: generation, prompt, generation far into a context.
+"""Speed against llama.cpp on one shape, interleaved in one run: generation, prompt, generation far into a context.
 
     pip install llama-cpp-python gguf
     python -m export.to_gguf --synthetic llama-3.2-1b -o 1b.gguf
@@ -29,6 +29,7 @@ from runtime.native import ModelInfo, NativeModel, NativeSession
 # Of each of our widths, the llama.cpp types at the nearest higher bits per weight.
 RIVALS: dict[int, tuple[str, ...]] = {2: ("Q2_K",), 4: ("Q4_0", "Q4_K"), 6: ("Q6_K",), 8: ("Q8_0",)}
 _FILE_TYPES = {"Q2_K": 10, "Q4_0": 2, "Q4_K": 14, "Q6_K": 18, "Q8_0": 7}  # llama_ftype in llama.h
+_LOG_WARN, _LOG_ERROR = 3, 4  # ggml_log_level in ggml.h
 _NOISE = 1 << 22
 _BATCH = 512
 _FAR_TOKENS = 32  # generated at the end of the context
@@ -70,7 +71,7 @@ class LlamaContext:
             raise RuntimeError(f"llama.cpp could not open a context of {positions} positions")
 
     def evaluate(self, start: int, count: int, at_once: int, threads: int) -> None:
-        """Tokens start .. start + count − 1, `at_once` together, after the `start` that the cache holds."""
+        """Tokens start .. start + count - 1, `at_once` together, after the `start` that the cache holds."""
         llama_cpp.llama_set_n_threads(self._handle, threads, threads)
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._handle), 0, start, -1)
         for first in range(0, count, at_once):
@@ -205,11 +206,9 @@ def report(systems: list[System], widths: list[int], tests: list[Test], threads:
         rivals = [system for system in systems if system.name.split()[0] in RIVALS[width]]
         figures = []
         for test in tests:
-            ratios = [
-                choose(ours.samples[threads, test.name])
-                / max(choose(other.samples[threads, test.name]) for other in rivals)
-                for choose in (statistics.median, max)
-            ]
+            mine = ours.samples[threads, test.name]
+            theirs = [rival.samples[threads, test.name] for rival in rivals]
+            ratios = [choose(mine) / max(map(choose, theirs)) for choose in (statistics.median, max)]
             figures.append(" / ".join(f"{ratio:.2f}x" for ratio in ratios))
         title = f"{width} bits over {', '.join(RIVALS[width])}"
         print(f"{title:<31}" + "".join(f"{figure:>18}" for figure in figures))
@@ -264,7 +263,7 @@ def main() -> None:
 @llama_cpp.llama_log_callback
 def quiet_log(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
     """llama.cpp's warnings and errors only."""
-    if level in (llama_cpp.GGML_LOG_LEVEL_WARN, llama_cpp.GGML_LOG_LEVEL_ERROR):
+    if _LOG_WARN <= level <= _LOG_ERROR:
         sys.stderr.write(text.decode(errors="replace"))
 
 
