@@ -68,9 +68,14 @@ static void rmsnorm(const float *x, const float *weight, size_t n, float eps, fl
 
 static void rope(float *head, const float *cosine, const float *sine, size_t head_dim)
 {
-    const size_t half = head_dim / 2;
-    for (size_t i = 0; i < half; i += LANES) {
-        const size_t count = half - i < LANES ? half - i : LANES;
+    const size_t half = head_dim / 2, whole = half - half % LANES;
+    for (size_t i = 0; i < whole; i += LANES) {
+        const v16 a = v_load(head + i), b = v_load(head + half + i), c = v_load(cosine + i), s = v_load(sine + i);
+        v_store(head + i, v_fma(a, c, v_sub(v_zero(), v_mul(b, s))));
+        v_store(head + half + i, v_fma(b, c, v_mul(a, s)));
+    }
+    if (whole < half) {
+        const size_t i = whole, count = half - whole;
         const v16 a = v_load_part(head + i, count), b = v_load_part(head + half + i, count);
         const v16 c = v_load_part(cosine + i, count), s = v_load_part(sine + i, count);
         v_store_part(head + i, count, v_fma(a, c, v_sub(v_zero(), v_mul(b, s))));
