@@ -12,6 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 LANES = 16
+ATTENTION_CHUNK = 256  # positions; runtime/src/definition.h
+
+# Softmax over some positions: Σ weight·value [heads, tokens, head_dim]; Σ weight and largest score [heads, tokens, 1].
+Part = tuple[Tensor, Tensor, Tensor]
 
 # Of float64's mantissa, what float32 drops, and its pattern halfway between two floats.
 _DROPPED_BITS, _HALFWAY = (1 << 29) - 1, 1 << 28
@@ -101,19 +105,45 @@ def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Softmax attention of every token over itself and what came before: float32 [heads, tokens, head_dim].
 
-    query: [heads, tokens, head_dim], the last of the positions; key, value: [heads, positions, head_dim].
+    query: [heads, tokens, head_dim], the last of the positions; key, value: [heads, positions, head_dim]. Chunk of
+    positions by chunk, each joined to those before it: weights relative to the largest score so far.
     """
-    positions = key.shape[1]
-    before = positions - query.shape[1]
-    scores = torch.cat([dot(part.unsqueeze(2), key.unsqueeze(1)) for part in query.split(32, dim=1)], dim=1) * scale
-    future = torch.ones(query.shape[1], positions, dtype=torch.bool, device=query.device).triu(before + 1)
-    largest = scores.masked_fill(future, -torch.inf).amax(-1, keepdim=True)
+    (heads, tokens, _), positions = query.shape, key.shape[1]
+    before = positions - tokens
+    joined = torch.zeros_like(query)
+    sums, largest = (query.new_full((heads, tokens, 1), start) for start in (0.0, -torch.inf))
+    for begin in range(0, positions, ATTENTION_CHUNK):
+        seeing = slice(max(0, begin - before), None)  # earlier tokens see nothing of this chunk
+        chunk = slice(begin, begin + ATTENTION_CHUNK)
+        part = _attend_chunk(query[:, seeing], key[:, chunk], value[:, chunk], max(0, before - begin), scale)
+        if begin > 0:
+            part = _join((joined[:, seeing], sums[:, seeing], largest[:, seeing]), part)
+        joined[:, seeing], sums[:, seeing], largest[:, seeing] = part
+    return joined * (1.0 / sums)
+
+
+def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, first: int, scale: float) -> Part:
+    """One chunk; the first token stands at its position `first`, or behind its end."""
+    tokens, positions = query.shape[1], key.shape[1]
+    scores = query.new_zeros(query.shape[0], tokens, positions)
+    for i in range(query.shape[2]):
+        scores = fma(query[:, :, None, i], key[:, None, :, i], scores)
+    future = torch.ones(tokens, positions, dtype=torch.bool, device=query.device).triu(first + 1)
+    scores = (scores * scale).masked_fill(future, -torch.inf)
+    largest = scores.amax(-1, keepdim=True)
     weights = exponential(scores - largest).masked_fill(future, 0.0)
-    lanes = torch.zeros(*weights.shape[:2], LANES, device=query.device)
+    lanes = query.new_zeros(*weights.shape[:2], LANES)
     for part in functional.pad(weights, (0, -positions % LANES)).split(LANES, dim=-1):
         lanes = lanes + part
     total = torch.zeros_like(query)
     for position in range(positions):
-        later = slice(max(0, position - before), None)  # earlier tokens do not see this position
+        later = slice(max(0, position - first), None)  # earlier tokens do not see this position
         total[:, later] = fma(weights[:, later, position, None], value[:, None, position], total[:, later])
-    return total * (1.0 / fold(lanes)).unsqueeze(-1)
+    return total, fold(lanes).unsqueeze(-1), largest
+
+
+def _join(part: Part, following: Part) -> Part:
+    """Parts of two neighbouring chunks as one."""
+    largest = torch.maximum(part[2], following[2])
+    mine, theirs = exponential(part[2] - largest), exponential(following[2] - largest)
+    return fma(part[0], mine, following[0] * theirs), fma(part[1], mine, following[1] * theirs), largest

@@ -14,6 +14,7 @@ from runtime.native import ffi, kernels, lib
 
 SCALAR = lib.mq_kernels_find(b"scalar")
 FAST = [kernel.name for kernel in kernels() if kernel.supported and kernel.name != "scalar"]
+LANES = 16
 SHAPES = [(1, 1), (16, 128), (17, 130), (40, 384), (33, 2200)]
 
 
@@ -225,45 +226,79 @@ def test_rope_gives_the_same_bits(fast, head_dim: int) -> None:
     np.testing.assert_allclose(results[1], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
-@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 130])
-def test_attention_gives_the_same_bits(fast, n: int, head_dim: int) -> None:
-    rng = np.random.default_rng(n)
-    query = guarded(rng.normal(size=head_dim).astype(np.float32) * 3)
-    key, value = (guarded(rng.normal(size=(n, head_dim)).astype(np.float16)) for _ in range(2))
-    results = []
+def attend(table, query: np.ndarray, key: np.ndarray, value: np.ndarray, seen: int, scale: float) -> np.ndarray:
+    """The parts of queries [tokens, heads, head_dim] over one chunk; key, value: f16 [positions, head_dim]."""
+    tokens, heads, head_dim = query.shape
+    padding = ((0, -len(key) % LANES), (0, -head_dim % LANES))
+    columns = np.pad(key, (padding[0], (0, 0))).reshape(-1, LANES, head_dim).transpose(0, 2, 1)
+    operands = guarded(query), guarded(columns), guarded(np.pad(value, ((0, 0), padding[1])))
+    part = guarded(np.zeros((tokens, heads, head_dim + padding[1][1] + LANES), np.float32))
+    queries = ffi.new("mq_queries *")
+    queries.query, queries.tokens, queries.heads = pointer(operands[0], "float"), tokens, heads
+    queries.token_stride, queries.head_dim, queries.scale = heads * head_dim, head_dim, scale
+    table.attend(
+        queries, seen, pointer(operands[1], "uint16_t"), pointer(operands[2], "uint16_t"), pointer(part, "float")
+    )
+    return part
+
+
+def softmax_of(part: np.ndarray, head_dim: int) -> np.ndarray:
+    """What a part says once it is complete."""
+    total = -(-head_dim // LANES) * LANES
+    return part[..., :head_dim] / part[..., total : total + 1]
+
+
+def softmax_reference(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float) -> np.ndarray:
+    """In float64, query [..., head_dim] over all positions."""
+    logits = query.astype(np.float64) @ key.astype(np.float64).T * scale
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights @ value.astype(np.float64) / weights.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("head_dim", [16, 36, 64, 80, 128])
+@pytest.mark.parametrize("positions", [1, 2, 15, 17, 48, 130, 256])
+def test_attention_gives_the_same_bits_and_each_token_sees_its_past(fast, positions: int, head_dim: int) -> None:
+    rng = np.random.default_rng(positions)
+    key, value = (rng.normal(size=(positions, head_dim)).astype(np.float16) for _ in range(2))
+    for tokens, heads in ((1, 1), (1, 4), (min(positions, 3), 5), (min(positions, 8), 2)):
+        query = rng.normal(size=(tokens, heads, head_dim)).astype(np.float32) * 3
+        seen = positions - tokens + 1
+        parts = [attend(table, query, key, value, seen, 0.125) for table in (fast, SCALAR)]
+        assert same_bits(*parts)
+        for token in range(tokens):
+            past = slice(0, seen + token)
+            expected = softmax_reference(query[token], key[past], value[past], 0.125)
+            np.testing.assert_allclose(softmax_of(parts[1][token], head_dim), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [36, 64])
+def test_joined_parts_are_the_softmax_over_both_chunks(fast, head_dim: int) -> None:
+    rng = np.random.default_rng(head_dim)
+    key, value = (rng.normal(size=(300, head_dim)).astype(np.float16) for _ in range(2))
+    query = rng.normal(size=(1, 4, head_dim)).astype(np.float32) * 3
+    chunks = slice(0, 256), slice(256, 300)
+    joined = []
     for table in (fast, SCALAR):
-        scores, out = guarded(np.zeros(n, np.float32)), guarded(np.zeros(head_dim, np.float32))
-        table.attention(
-            pointer(query, "float"),
-            pointer(key, "uint16_t"),
-            pointer(value, "uint16_t"),
-            head_dim,
-            n,
-            head_dim,
-            0.125,
-            pointer(scores, "float"),
-            pointer(out, "float"),
-        )
-        results.append(out)
-    assert same_bits(*results)
-    logits = key.astype(np.float64) @ query * 0.125
-    weights = np.exp(logits - logits.max())
-    np.testing.assert_allclose(results[1], weights @ value.astype(np.float64) / weights.sum(), rtol=1e-4, atol=1e-5)
+        first, second = (attend(table, query, key[c], value[c], c.stop - c.start, 0.125)[0] for c in chunks)
+        for head in range(4):
+            table.join(pointer(first[head], "float"), pointer(second[head], "float"), head_dim)
+        joined.append(first)
+    assert same_bits(*joined)
+    expected = softmax_reference(query[0], key, value, 0.125)
+    np.testing.assert_allclose(softmax_of(joined[1], head_dim), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_value_that_is_not_a_number_stays_visible(fast) -> None:
     """A damaged file must end in NaN logits under every kernel, not in plausible ones under some."""
     one = np.ones(32, np.float32)
-    gate, key = one.copy(), one.astype(np.float16)
-    gate[3] = key[3] = np.nan
+    gate, key = one.copy(), np.ones((2, 32), np.float16)
+    gate[3] = key[1, 3] = np.nan
     for table in (fast, SCALAR):
-        swished, scores, out = guarded(gate), guarded(np.zeros(2, np.float32)), guarded(np.zeros(32, np.float32))
+        swished = guarded(gate)
         table.swiglu(pointer(swished, "float"), pointer(one, "float"), 32)
         assert np.array_equal(np.isnan(swished), np.isnan(gate))
-        keys = guarded(np.stack([one.astype(np.float16), key]))
-        halves = pointer(keys, "uint16_t")
-        table.attention(
-            pointer(one, "float"), halves, halves, 32, 2, 32, 0.1, pointer(scores, "float"), pointer(out, "float")
-        )
-        assert np.isnan(out).all()
+        part = attend(table, one.reshape(1, 1, 32), key, key, 2, 0.1)[0, 0]
+        assert np.isnan(softmax_of(part, 32)).all()
+        other = attend(table, one.reshape(1, 1, 32), np.ones_like(key), np.ones_like(key), 2, 0.1)[0, 0]
+        table.join(pointer(other, "float"), pointer(part, "float"), 32)
+        assert np.isnan(softmax_of(other, 32)).all()

@@ -32,6 +32,20 @@ def test_c_constant_equals_its_python_namesake(name: str) -> None:
     assert python_value(name) == (value.strip('"') if value.startswith('"') else int(value))
 
 
+def test_the_reference_computes_with_the_constants_of_the_c_definition() -> None:
+    pytest.importorskip("torch")
+    from mobiquant import arithmetic
+
+    text = (HEADER.parent / "definition.h").read_text(encoding="utf-8")
+    found = {
+        name: float(value) for name, value in re.findall(r"^#define MQ_(\w+) \(?([-\d.e]+)f?\)?$", text, re.MULTILINE)
+    }
+    coefficients = {f"EXP_C{7 - i}": value for i, value in enumerate(arithmetic.EXP_COEFFICIENTS)}
+    for name in set(found) - {"QUANTIZE_MIN", "QUANTIZE_MAX"}:
+        assert found[name] == (coefficients[name] if name in coefficients else getattr(arithmetic, name))
+    assert len(found) == 14
+
+
 def test_linears_and_routers_come_in_the_same_order() -> None:
     assert tuple(c_strings("LINEAR_NAMES")) == keys.LINEARS
     assert int(DEFINES["LINEARS"]) == len(keys.LINEARS)

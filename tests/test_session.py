@@ -83,6 +83,24 @@ def test_one_token_at_a_time_gives_the_bits_of_the_whole_prompt(model: NativeMod
     assert logits_at(open_session(model, batch=7, threads=2), bits, [40, 1, 49]).tobytes() == expected
 
 
+def test_a_context_of_several_attention_chunks_gives_the_same_bits_in_any_pieces(tmp_path: Path) -> None:
+    file = tmp_path / "long.gguf"
+    export_synthetic(replace(SHAPE, context_length=1000, block_count=1), file, "long")
+    model = NativeModel(file, allow_partial=False, mmap=True)
+    tokens = np.random.default_rng(1).integers(0, 256, 780).astype(np.int32)
+
+    def last(pieces: list[int], threads: int, batch: int, kernel: str | None = None) -> bytes:
+        session = open_session(model, threads, batch, kernel)
+        for part in np.split(tokens, np.cumsum(pieces)[:-1]):
+            logits = evaluate(session, part, 1)
+        return logits.tobytes()
+
+    expected = last([780], 1, 512)
+    assert last([253, 1, 1, 1, 1, 255, 1, 266, 1], 3, 100) == expected
+    assert last([500, *[1] * 280], 2, 512) == expected
+    assert last([779, 1], 2, 37, "scalar") == expected
+
+
 def test_routing_follows_the_budget_and_the_record_matches_the_counters(model: NativeModel) -> None:
     session = open_session(model)
     averages = []

@@ -25,9 +25,6 @@
 
 enum { STEP = 4, STEPS = MQ_GROUP_SIZE / STEP, VECTOR = 64, VECTORS = MQ_TILE_BYTES / VECTOR };
 
-/* Constant depths, slices and arrays of registers become straight code only when everything is inlined. */
-#define INLINE static inline __attribute__((always_inline))
-
 static inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
 static const int8_t ONES[MQ_GROUP_SIZE] = {
@@ -347,7 +344,8 @@ static void router_hidden(const int8_t *hidden, size_t n_hidden, const int8_t *q
         .router_hidden = router_hidden,   \
         .rmsnorm = rmsnorm,               \
         .rope = rope,                     \
-        .attention = attention,           \
+        .attend = attend,                 \
+        .join = join,                     \
         .swiglu = swiglu,                 \
         .add = add,                       \
         .to_f16 = to_f16,                 \

@@ -84,6 +84,10 @@ static inline float v_max_fold(v16 v)
 
 #include "vector_body.h"
 
+enum { SCORES = 4, VALUES = 1 };
+
+#include "attention_body.h"
+
 enum { WIDTH = 16, PARTS = 4 };
 
 typedef uint8x16_t reg;

@@ -164,31 +164,57 @@ static void rope(float *head, const float *cosine, const float *sine, size_t hea
     }
 }
 
-static void attention(const float *query, const uint16_t *key, const uint16_t *value, size_t stride, size_t n,
-                      size_t head_dim_padded, float scale, float *scores, float *out)
+static void attend_one(const mq_queries *queries, const float *query, size_t seen, const uint16_t *key, const uint16_t *value,
+                       float *part)
 {
-    float largest = -INFINITY;
-    for (size_t p = 0; p < n; p++) {
-        float lanes[LANES] = {0};
-        for (size_t i = 0; i < head_dim_padded; i++) {
-            lanes[i % LANES] = fmaf(query[i], mq_f16_to_f32(key[p * stride + i]), lanes[i % LANES]);
+    const size_t dim = queries->head_dim, padded = mq_padded_dim(dim);
+    float weight[MQ_ATTENTION_CHUNK], lanes[LANES] = {0}, largest = -INFINITY;
+    for (size_t p = 0; p < seen; p++) {
+        const uint16_t *k = key + p / LANES * LANES * dim + p % LANES;
+        float dot = 0.0f;
+        for (size_t i = 0; i < dim; i++) {
+            dot = fmaf(query[i], mq_f16_to_f32(k[i * LANES]), dot);
         }
-        scores[p] = fold(lanes) * scale;
-        largest = scores[p] > largest ? scores[p] : largest;
+        weight[p] = dot * queries->scale;
+        largest = weight[p] > largest ? weight[p] : largest;
     }
-    float lanes[LANES] = {0};
-    for (size_t p = 0; p < n; p++) {
-        scores[p] = exponential(scores[p] - largest);
-        lanes[p % LANES] += scores[p];
+    for (size_t p = 0; p < seen; p++) {
+        weight[p] = exponential(weight[p] - largest);
+        lanes[p % LANES] += weight[p];
     }
-    const float inverse = 1.0f / fold(lanes);
-    for (size_t i = 0; i < head_dim_padded; i++) {
-        float total = 0.0f;
-        for (size_t p = 0; p < n; p++) {
-            total = fmaf(scores[p], mq_f16_to_f32(value[p * stride + i]), total);
+    for (size_t i = 0; i < padded; i++) {
+        float sum = 0.0f;
+        for (size_t p = 0; p < seen; p++) {
+            sum = fmaf(weight[p], mq_f16_to_f32(value[p * padded + i]), sum);
         }
-        out[i] = total * inverse;
+        part[i] = sum;
     }
+    part[padded + MQ_PART_TOTAL] = fold(lanes);
+    part[padded + MQ_PART_LARGEST] = largest;
+}
+
+static void attend(const mq_queries *queries, size_t seen, const uint16_t *key, const uint16_t *value, float *part)
+{
+    for (size_t t = 0; t < queries->tokens; t++) {
+        const size_t positions = seen + t < MQ_ATTENTION_CHUNK ? seen + t : MQ_ATTENTION_CHUNK;
+        for (size_t h = 0; h < queries->heads; h++) {
+            const float *query = queries->query + t * queries->token_stride + h * queries->head_dim;
+            attend_one(queries, query, positions, key, value, part);
+            part += mq_part_floats(queries->head_dim);
+        }
+    }
+}
+
+static void join(float *part, const float *next, size_t head_dim)
+{
+    const size_t padded = mq_padded_dim(head_dim), total = padded + MQ_PART_TOTAL, largest = padded + MQ_PART_LARGEST;
+    const float most = next[largest] > part[largest] ? next[largest] : part[largest];
+    const float mine = exponential(part[largest] - most), theirs = exponential(next[largest] - most);
+    for (size_t i = 0; i < padded; i++) {
+        part[i] = fmaf(part[i], mine, next[i] * theirs);
+    }
+    part[total] = fmaf(part[total], mine, next[total] * theirs);
+    part[largest] = most;
 }
 
 static void swiglu(float *gate, const float *up, size_t n)
@@ -220,7 +246,8 @@ const mq_kernels mq_kernels_scalar = {
     .router_hidden = router_hidden,
     .rmsnorm = rmsnorm,
     .rope = rope,
-    .attention = attention,
+    .attend = attend,
+    .join = join,
     .swiglu = swiglu,
     .add = add,
     .to_f16 = to_f16,

@@ -11,6 +11,9 @@
 
 enum { LANES = 16 };
 
+/* Constant depths, counts and arrays of registers become straight code only when everything is inlined. */
+#define INLINE static inline __attribute__((always_inline))
+
 static inline v16 v_load_part(const float *x, size_t count)
 {
     float part[LANES] = {0};
@@ -65,48 +68,18 @@ static void rmsnorm(const float *x, const float *weight, size_t n, float eps, fl
 
 static void rope(float *head, const float *cosine, const float *sine, size_t head_dim)
 {
-    const size_t half = head_dim / 2;
-    for (size_t i = 0; i < half; i += LANES) {
-        const size_t count = half - i < LANES ? half - i : LANES;
+    const size_t half = head_dim / 2, whole = half - half % LANES;
+    for (size_t i = 0; i < whole; i += LANES) {
+        const v16 a = v_load(head + i), b = v_load(head + half + i), c = v_load(cosine + i), s = v_load(sine + i);
+        v_store(head + i, v_fma(a, c, v_sub(v_zero(), v_mul(b, s))));
+        v_store(head + half + i, v_fma(b, c, v_mul(a, s)));
+    }
+    if (whole < half) {
+        const size_t i = whole, count = half - whole;
         const v16 a = v_load_part(head + i, count), b = v_load_part(head + half + i, count);
         const v16 c = v_load_part(cosine + i, count), s = v_load_part(sine + i, count);
         v_store_part(head + i, count, v_fma(a, c, v_sub(v_zero(), v_mul(b, s))));
         v_store_part(head + half + i, count, v_fma(b, c, v_mul(a, s)));
-    }
-}
-
-/* Scores of all positions, their softmax, then the weighted sum of the values, 16 dimensions at a time. */
-static void attention(const float *query, const uint16_t *key, const uint16_t *value, size_t stride, size_t n,
-                      size_t head_dim_padded, float scale, float *scores, float *out)
-{
-    float largest = -INFINITY;
-    for (size_t p = 0; p < n; p++) {
-        v16 dot = v_zero();
-        for (size_t i = 0; i < head_dim_padded; i += LANES) {
-            dot = v_fma(v_load(query + i), v_load_f16(key + p * stride + i), dot);
-        }
-        scores[p] = v_fold(dot) * scale;
-        largest = scores[p] > largest ? scores[p] : largest;
-    }
-    const v16 shift = v_set(largest);
-    const size_t whole = n - n % LANES;
-    v16 total = v_zero();
-    for (size_t p = 0; p < whole; p += LANES) {
-        const v16 e = v_exponential(v_sub(v_load(scores + p), shift));
-        v_store(scores + p, e);
-        total = v_add(total, e);
-    }
-    if (whole < n) { /* lanes past the end must add 0, not exp(−largest) */
-        v_store_part(scores + whole, n - whole, v_exponential(v_sub(v_load_part(scores + whole, n - whole), shift)));
-        total = v_add(total, v_load_part(scores + whole, n - whole));
-    }
-    const v16 inverse = v_set(1.0f / v_fold(total));
-    for (size_t i = 0; i < head_dim_padded; i += LANES) {
-        v16 sum = v_zero();
-        for (size_t p = 0; p < n; p++) {
-            sum = v_fma(v_set(scores[p]), v_load_f16(value + p * stride + i), sum);
-        }
-        v_store(out + i, v_mul(sum, inverse));
     }
 }
 

@@ -87,6 +87,10 @@ static inline void v_store_i8(int8_t *q, v16 v)
 
 #include "vector_body.h"
 
+enum { SCORES = 4, VALUES = 1 };
+
+#include "attention_body.h"
+
 enum { WIDTH = 32, PARTS = 2 };
 
 typedef __m256i reg;

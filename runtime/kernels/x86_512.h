@@ -54,6 +54,10 @@ static inline void v_store_i8(int8_t *q, v16 v)
 
 #include "vector_body.h"
 
+enum { SCORES = 8, VALUES = 4 };
+
+#include "attention_body.h"
+
 enum { WIDTH = 64, PARTS = 1 };
 
 typedef __m512i reg;

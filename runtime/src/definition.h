@@ -20,6 +20,10 @@
 #define MQ_EXP_C3 1.66666667e-1f
 #define MQ_EXP_C2 0.5f
 
+/* Attention works in chunks of positions, so that no buffer grows with the context and the chunks of one head can be shared
+ * out among threads. On prompts of 4,096 tokens 128 is 3 % slower, and 512 2 % faster but harder to share out. */
+#define MQ_ATTENTION_CHUNK 256
+
 /* s_D = s · 4^(1−D), exact in float32. */
 static inline float mq_depth_factor(unsigned depth)
 {

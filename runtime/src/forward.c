@@ -1,8 +1,9 @@
-/* forward.c: one batch of tokens through the model: norm, quantise and route, linears, attention, feed-forward, logits.
+/* forward.c: one batch of tokens through the model: norm, quantise and route, linears, feed-forward, logits.
  *
  * Decode (one token) runs the small steps on the caller's thread and meets the pool once per group of linears and once for
  * attention; prefill spreads the small steps over tokens as well. Each token's arithmetic is the same in both.
  */
+#include "attention.h"
 #include "session.h"
 
 #include <string.h>
@@ -100,53 +101,6 @@ static void run_point(pass *p, size_t point, const float *source, size_t stride,
     mq_linear_run(s->kernels, s->pool, &s->batch.activations, jobs, p->router->linears);
 }
 
-static uint16_t *cache_at(const pass *p, uint16_t *cache, size_t kv_head, size_t position)
-{
-    const mq_session *s = p->session;
-    const size_t head = (size_t)p->block_index * p->model->hparams.head_count_kv + kv_head;
-    return cache + (head * s->n_ctx + position) * s->head_dim_padded;
-}
-
-/* Rotate one token's queries and keys, and write its keys and values to the cache. */
-static void store_token(void *argument, size_t token, uint32_t thread)
-{
-    (void)thread;
-    const pass *p = argument;
-    mq_session *s = p->session;
-    const mq_hparams *hp = &p->model->hparams;
-    const size_t dim = hp->head_dim, position = s->position + token;
-    const float *cosine = s->cosine + position * (dim / 2), *sine = s->sine + position * (dim / 2);
-    for (size_t h = 0; h < hp->head_count; h++) {
-        s->kernels->rope(s->batch.q + (token * hp->head_count + h) * dim, cosine, sine, dim);
-    }
-    for (size_t h = 0; h < hp->head_count_kv; h++) {
-        float *key = s->batch.k + (token * hp->head_count_kv + h) * dim;
-        s->kernels->rope(key, cosine, sine, dim);
-        s->kernels->to_f16(key, cache_at(p, s->keys, h, position), dim);
-        s->kernels->to_f16(s->batch.v + (token * hp->head_count_kv + h) * dim, cache_at(p, s->values, h, position), dim);
-    }
-}
-
-/* Item: one token and one kv head with all the query heads that share it, so that its keys stay in the cache. */
-static void attend(void *argument, size_t item, uint32_t thread)
-{
-    const pass *p = argument;
-    mq_session *s = p->session;
-    const mq_hparams *hp = &p->model->hparams;
-    const size_t dim = hp->head_dim, shared = hp->head_count / hp->head_count_kv;
-    const size_t token = item / hp->head_count_kv, kv_head = item % hp->head_count_kv;
-    const mq_scratch *scratch = &s->scratch[thread];
-    const float scale = s->attention_scale;
-    for (size_t i = 0; i < shared; i++) {
-        const size_t at = (token * hp->head_count + kv_head * shared + i) * dim;
-        memcpy(scratch->query, s->batch.q + at, dim * sizeof(float)); /* the padding after it stays 0 */
-        s->kernels->attention(scratch->query, cache_at(p, s->keys, kv_head, 0), cache_at(p, s->values, kv_head, 0),
-                              s->head_dim_padded, s->position + token + 1, s->head_dim_padded, scale, scratch->scores,
-                              scratch->out);
-        memcpy(s->batch.attended + at, scratch->out, dim * sizeof(float));
-    }
-}
-
 static void swiglu_token(void *argument, size_t token, uint32_t thread)
 {
     (void)thread;
@@ -172,8 +126,7 @@ static void run_block(pass *p)
     const mq_hparams *hp = &p->model->hparams;
     const size_t width = hp->embedding_length, ff = hp->feed_forward_length, q_width = (size_t)hp->head_count * hp->head_dim;
     run_point(p, 0, batch->x, width, p->block->attn_norm, (float *const[]){batch->q, batch->k, batch->v});
-    mq_pool_run(s->pool, store_token, p, p->n);
-    mq_pool_run(s->pool, attend, p, (size_t)p->n * hp->head_count_kv);
+    mq_attention_run(s, p->block_index, p->n);
     run_point(p, 1, batch->attended, q_width, NULL, (float *const[]){batch->branch});
     mq_pool_run(s->pool, add_token, p, p->n);
     run_point(p, 2, batch->x, width, p->block->ffn_norm, (float *const[]){batch->gate, batch->up});

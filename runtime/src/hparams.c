@@ -1,6 +1,7 @@
 /* hparams.c: one table of limits; nothing is allocated from a number that is not in it. */
 #include "hparams.h"
 
+#include "cache.h"
 #include "error.h"
 #include "keys.h"
 
@@ -23,7 +24,7 @@ static const limit LIMITS[] = {
     {MQ_KEY_FEED_FORWARD_LENGTH, FIELD(feed_forward_length), 1, 1u << 18},
     {MQ_KEY_HEAD_COUNT, FIELD(head_count), 1, 1024},
     {MQ_KEY_HEAD_COUNT_KV, FIELD(head_count_kv), 1, 1024},
-    {MQ_KEY_HEAD_DIM, FIELD(head_dim), 2, 1024},
+    {MQ_KEY_HEAD_DIM, FIELD(head_dim), 2, MQ_MAX_HEAD_DIM},
     {MQ_KEY_EMBEDDING_DEPTH, FIELD(embedding_depth), 1, MQ_SLICE_COUNT},
     {MQ_KEY_OUTPUT_DEPTH, FIELD(output_depth), 1, MQ_SLICE_COUNT},
     {MQ_KEY_ROUTER_HIDDEN, FIELD(router_hidden), 1, MQ_MAX_ROUTER_HIDDEN},

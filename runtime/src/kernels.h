@@ -2,7 +2,7 @@
  *
  * kernels/scalar.c is the definition of every operation. Float operations are fixed in order: elementwise ones use single
  * IEEE operations and fused multiply-adds exactly where scalar.c does; sums run in 16 lanes (element i in lane i % 16,
- * ascending) that are then folded 8, 4, 2, 1. So results do not depend on the instruction set, on the number of threads or
+ * ascending) that are then folded 8, 4, 2, 1, but for those of attention, which take one element after another. So results do not depend on the instruction set, on the number of threads or
  * on how many tokens are computed together.
  */
 #ifndef MQ_KERNELS_H
@@ -27,6 +27,13 @@ typedef struct mq_activations {
     uint32_t groups;
 } mq_activations;
 
+/* The query heads of some tokens in a row that share one kv head: token t's are query + t·token_stride, [heads][head_dim]. */
+typedef struct mq_queries {
+    const float *query;
+    size_t tokens, token_stride, heads, head_dim;
+    float scale; /* of the scores */
+} mq_queries;
+
 typedef struct mq_kernels {
     const char *name;
     /* Quantise one token: x [columns] -> q [groups·128], scale [groups], sum [groups]. Returns the sum of squares of the
@@ -44,10 +51,13 @@ typedef struct mq_kernels {
     void (*rmsnorm)(const float *x, const float *weight, size_t n, float eps, float *y);
     /* Rotate halves of one head in place: cosine and sine [head_dim/2]. */
     void (*rope)(float *head, const float *cosine, const float *sine, size_t head_dim);
-    /* One query head over n positions. query [head_dim_padded]; key, value: f16, position p at p·stride; head_dim_padded is
-     * a multiple of 16, padding 0. scores: [n] scratch. out [head_dim_padded]. Softmax over n·scale-d scores. */
-    void (*attention)(const float *query, const uint16_t *key, const uint16_t *value, size_t stride, size_t n,
-                      size_t head_dim_padded, float scale, float *scores, float *out);
+    /* Softmax attention over one chunk of positions, of which token t sees the first min(seen + t, MQ_ATTENTION_CHUNK);
+     * seen is at least 1. key: f16 [positions / 16][head_dim][16], value: f16 [positions][head_dim padded to 16, with 0].
+     * part [tokens][heads][mq_part_floats(head_dim)]: the values' sum, each times its weight exp(score − largest score), then
+     * the sum of the weights and the largest score. */
+    void (*attend)(const mq_queries *queries, size_t seen, const uint16_t *key, const uint16_t *value, float *part);
+    /* One query: `part` becomes what it and the part of the next chunk are together. */
+    void (*join)(float *part, const float *next, size_t head_dim);
     /* gate = silu(gate) · up */
     void (*swiglu)(float *gate, const float *up, size_t n);
     /* x += y */
@@ -61,6 +71,19 @@ const mq_kernels *mq_kernels_at(size_t index);
 /* By name, or the best supported one for NULL. NULL when unknown or not supported by this CPU. */
 const mq_kernels *mq_kernels_find(const char *name);
 /* cffi: end */
+
+/* Floats of one query's part: whole registers, then one more that starts with MQ_PART_TOTAL and MQ_PART_LARGEST. */
+enum { MQ_PART_TOTAL = 0, MQ_PART_LARGEST = 1, MQ_PART_TAIL = 16 };
+
+static inline size_t mq_padded_dim(size_t head_dim)
+{
+    return (head_dim + 15) / 16 * 16;
+}
+
+static inline size_t mq_part_floats(size_t head_dim)
+{
+    return mq_padded_dim(head_dim) + MQ_PART_TAIL;
+}
 
 extern const mq_kernels mq_kernels_scalar;
 #if defined(__x86_64__)

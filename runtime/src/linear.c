@@ -6,7 +6,12 @@
 
 #include <math.h>
 
-enum { CHUNKS_PER_THREAD = 4 }; /* enough that a thread that is held up leaves little for the others to wait on */
+/* Of one token, chunks of rows per thread: enough that a thread that is held up leaves little for the others to wait on. */
+enum { CHUNKS_PER_THREAD = 4 };
+
+/* Of more tokens, tiles and tokens multiplied with each other: the planes of these tiles and the activations of these tokens
+ * stay in the second-level cache together. */
+enum { TILES_AT_ONCE = 8, TOKENS_AT_ONCE = 128 };
 
 typedef struct linear_context {
     const mq_kernels *kernels;
@@ -39,8 +44,10 @@ static void run_item(void *argument, size_t item, uint32_t thread)
             const size_t t = tokens[0];
             context->kernels->matvec(job->matrix, depth, x->q + t * x->groups * MQ_GROUP_SIZE, x->scale + t * x->groups,
                                      x->sum + t * x->groups, begin, end, job->y + t * job->y_stride);
-        } else if (n > 1) {
-            context->kernels->matmat(job->matrix, depth, x, tokens, n, begin, end, job->y, job->y_stride);
+        }
+        for (uint32_t first = 0; n > 1 && first < n; first += TOKENS_AT_ONCE) {
+            const uint32_t count = n - first < TOKENS_AT_ONCE ? n - first : TOKENS_AT_ONCE;
+            context->kernels->matmat(job->matrix, depth, x, tokens + first, count, begin, end, job->y, job->y_stride);
         }
     }
 }
@@ -67,9 +74,10 @@ void mq_linear_run(const mq_kernels *kernels, mq_pool *pool, const mq_activation
     for (size_t i = 0; i < count; i++) {
         tiles += jobs[i].matrix->tiles;
     }
-    const uint32_t threads = mq_pool_threads(pool);
+    const uint32_t threads = mq_pool_threads(pool), tokens = jobs[0].first[MQ_SLICE_COUNT + 1];
     const size_t wanted = threads == 1 ? 1 : (size_t)threads * CHUNKS_PER_THREAD;
-    linear_context context = {kernels, x, jobs, count, (tiles + wanted - 1) / wanted};
+    const size_t chunk = tokens == 1 ? (tiles + wanted - 1) / wanted : TILES_AT_ONCE;
+    linear_context context = {kernels, x, jobs, count, chunk};
     for (size_t i = 0; i < count; i++) {
         items += chunks_of(&jobs[i], context.chunk);
     }

@@ -1,7 +1,9 @@
 /* session.c: opening and closing sessions, and the checks before a forward pass. */
 #include "session.h"
 
+#include "attention.h"
 #include "budget.h"
+#include "definition.h"
 #include "error.h"
 #include "memory.h"
 
@@ -14,7 +16,7 @@
 #define MQ_VERSION "unversioned"
 #endif
 
-enum { DEFAULT_BATCH = 512, MAX_ALLOCATIONS = 32, LANES = 16 };
+enum { DEFAULT_BATCH = 512, MAX_ALLOCATIONS = 32 };
 
 const char *mq_version(void)
 {
@@ -71,11 +73,13 @@ static int32_t allocate_batch(mq_session *session)
 static int32_t allocate(mq_session *session, uint32_t n_threads)
 {
     const mq_hparams *hp = &session->model->hparams;
-    const size_t ctx = session->n_ctx, padded = session->head_dim_padded, half = hp->head_dim / 2;
+    const size_t ctx = session->n_ctx, half = hp->head_dim / 2;
     int32_t failed = allocate_batch(session);
-    const size_t cache = product(product(hp->block_count, hp->head_count_kv, 1), ctx, padded);
-    session->keys = own(session, cache, sizeof(uint16_t), &failed);
-    session->values = own(session, cache, sizeof(uint16_t), &failed);
+    const size_t positions = ctx + (MQ_KEY_POSITIONS - ctx % MQ_KEY_POSITIONS) % MQ_KEY_POSITIONS;
+    const size_t rows = product(hp->block_count, hp->head_count_kv, positions);
+    session->cache = (mq_cache){.keys = own(session, product(rows, hp->head_dim, 1), sizeof(uint16_t), &failed),
+                                .values = own(session, product(rows, mq_padded_dim(hp->head_dim), 1), sizeof(uint16_t), &failed),
+                                .positions = positions, .head_dim = hp->head_dim};
     session->cosine = own(session, product(ctx, half, 1), sizeof(float), &failed);
     session->sine = own(session, product(ctx, half, 1), sizeof(float), &failed);
     session->depths = own(session, product(ctx, hp->block_count, MQ_LINEARS), sizeof(uint8_t), &failed);
@@ -83,14 +87,15 @@ static int32_t allocate(mq_session *session, uint32_t n_threads)
     session->thresholds = own(session, product(hp->block_count, MQ_LINEARS, MQ_GATES), sizeof(float), &failed);
     session->asked_at = own(session, ctx, sizeof(float), &failed);
     session->scratch = own(session, n_threads, sizeof(mq_scratch), &failed);
-    /* a thread's scratch in whole cache lines, so that no line is shared */
-    const size_t scores = (ctx + LANES - 1) / LANES * LANES;
-    float *floats = own(session, product(n_threads, scores + 2 * padded, 1), sizeof(float), &failed);
+    const size_t part = mq_part_floats(hp->head_dim), shared = hp->head_count / hp->head_count_kv;
+    const size_t floats = product(MQ_ATTENTION_TOKENS, shared, part); /* whole cache lines, so that no line is shared */
+    float *scratch = own(session, product(2, n_threads, floats), sizeof(float), &failed);
     for (size_t i = 0; i < n_threads && !failed; i++) {
-        session->scratch[i].scores = floats + i * (scores + 2 * padded);
-        session->scratch[i].query = session->scratch[i].scores + scores;
-        session->scratch[i].out = session->scratch[i].query + padded;
+        session->scratch[i].parts = scratch + 2 * i * floats;
+        session->scratch[i].next = scratch + (2 * i + 1) * floats;
     }
+    const size_t chunks = (ctx + MQ_ATTENTION_CHUNK - 1) / MQ_ATTENTION_CHUNK;
+    session->parts = own(session, product(hp->head_count, chunks, part), sizeof(float), &failed);
     return failed;
 }
 
@@ -138,7 +143,6 @@ mq_status mq_session_open(const mq_model *model, const mq_session_options *optio
         return mq_fail(error, MQ_ERR_MEMORY, "cannot allocate a session");
     }
     session->model = model;
-    session->head_dim_padded = (model->hparams.head_dim + LANES - 1) / LANES * LANES;
     session->attention_scale = 1.0f / sqrtf((float)model->hparams.head_dim);
     session->output_depth = model->hparams.output_depth;
     atomic_flag_clear(&session->busy);
@@ -268,9 +272,6 @@ mq_status mq_session_eval(mq_session *session, const int32_t *tokens, size_t n, 
 mq_status mq_session_eval_hidden(mq_session *session, const int32_t *tokens, size_t n, float *hidden, size_t n_hidden,
                                  mq_error *error)
 {
-    if (session->batch.x == NULL) { /* on another device */
-        return mq_fail(error, MQ_ERR_UNSUPPORTED, "hidden states: expected a session on the CPU");
-    }
     return evaluate(session, tokens, n, hidden, n_hidden, true, error);
 }
 

@@ -2,6 +2,7 @@
 #ifndef MQ_SESSION_H
 #define MQ_SESSION_H
 
+#include "cache.h"
 #include "linear.h"
 #include "model.h"
 #include "router.h"
@@ -21,10 +22,9 @@ typedef struct mq_batch {
     uint32_t *order[MQ_MAX_JOBS]; /* [B] tokens by depth */
 } mq_batch;
 
-/* Scratch of one thread. */
+/* Scratch of one thread: parts of a softmax (kernels.h), [MQ_ATTENTION_TOKENS][heads of one kv head]. */
 typedef struct mq_scratch {
-    float *scores;       /* [n_ctx] */
-    float *query, *out;  /* [head_dim_padded] */
+    float *parts, *next;
 } mq_scratch;
 
 struct mq_session {
@@ -32,7 +32,7 @@ struct mq_session {
     const mq_kernels *kernels;
     mq_pool *pool;
     atomic_flag busy;
-    uint32_t n_ctx, n_batch, head_dim_padded;
+    uint32_t n_ctx, n_batch;
     uint32_t position;
     float attention_scale; /* 1 / sqrt(head_dim) */
     float asked_bits;      /* routed: the average asked for; 0: depths from the table */
@@ -41,11 +41,12 @@ struct mq_session {
     uint8_t *table;        /* [block][7] depth of every linear of an unrouted budget */
     float *thresholds;     /* [block][7][3] of the present stretch */
     float *asked_at;       /* [n_ctx] asked_bits of every position */
-    uint16_t *keys, *values; /* f16 [block][kv head][n_ctx][head_dim_padded] */
+    mq_cache cache;
     float *cosine, *sine;  /* [n_ctx][head_dim / 2] */
     uint8_t *depths;       /* [n_ctx][block][7] */
     mq_batch batch;
     mq_scratch *scratch;   /* [threads] */
+    float *parts;          /* of one token: [kv head][chunk of n_ctx][heads of one kv head] */
     void **allocations;    /* everything above, freed together */
     size_t n_allocations;
     mq_stats stats;

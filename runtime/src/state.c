@@ -2,7 +2,7 @@
  * model they belong to, a checksum covers them, and every value is checked before the session changes.
  *
  * header, then for positions 0..position-1: bits asked for f32 [position] (0: not routed), depths uint8 [position][block][7],
- * keys f16 [block][kv head][position][head_dim], values alike. The rows are stored without the padding they have in the cache, which stays 0.
+ * keys f16 [block][kv head][position][head_dim], values alike: rows without the padding and the order they have in the cache.
  */
 #include "error.h"
 #include "session.h"
@@ -95,31 +95,30 @@ size_t mq_session_state_size(const mq_session *session)
 static void copy_cache(mq_session *session, uint32_t position, uint8_t *out, const uint8_t *in)
 {
     const mq_hparams *hp = &session->model->hparams;
-    const size_t heads = (size_t)hp->block_count * hp->head_count_kv, size = hp->head_dim * sizeof(uint16_t);
-    uint16_t *const caches[] = {session->keys, session->values};
-    for (size_t i = 0; i < 2 * heads * position; i++) {
-        const size_t head = i / position % heads, at = i % position;
-        uint16_t *row = caches[i / (heads * position)] + (head * session->n_ctx + at) * session->head_dim_padded;
+    const size_t heads = (size_t)hp->block_count * hp->head_count_kv, dim = hp->head_dim, size = dim * sizeof(uint16_t);
+    for (size_t i = 0; i < heads * position; i++) {
+        uint16_t *key = mq_cache_key(&session->cache, i / position, i % position), row[MQ_MAX_HEAD_DIM];
+        uint16_t *value = mq_cache_values(&session->cache, i / position, i % position);
+        const size_t key_at = i * size, value_at = (heads * position + i) * size;
         if (out != NULL) {
-            memcpy(out + i * size, row, size);
+            for (size_t j = 0; j < dim; j++) {
+                row[j] = key[j * MQ_KEY_POSITIONS];
+            }
+            memcpy(out + key_at, row, size);
+            memcpy(out + value_at, value, size);
         } else {
-            memcpy(row, in + i * size, size);
+            memcpy(row, in + key_at, size);
+            for (size_t j = 0; j < dim; j++) {
+                key[j * MQ_KEY_POSITIONS] = row[j];
+            }
+            memcpy(value, in + value_at, size);
         }
     }
 }
 
-/* A session on another device keeps its cache there. */
-static mq_status check_cache(const mq_session *session, mq_error *error)
-{
-    return session->keys != NULL ? MQ_OK : mq_fail(error, MQ_ERR_UNSUPPORTED, "state: expected a session on the CPU");
-}
-
 mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, mq_error *error)
 {
-    mq_status status = check_cache(session, error);
-    if (status == MQ_OK) {
-        status = mq_session_acquire(session, error);
-    }
+    const mq_status status = mq_session_acquire(session, error);
     if (status != MQ_OK) {
         return status;
     }
@@ -201,10 +200,7 @@ static mq_status check_body(const mq_session *session, const uint8_t *data, size
 mq_status mq_session_state_set(mq_session *session, const uint8_t *data, size_t size, mq_error *error)
 {
     state_header header;
-    mq_status status = check_cache(session, error);
-    if (status == MQ_OK) {
-        status = check_header(session, data, size, &header, error);
-    }
+    mq_status status = check_header(session, data, size, &header, error);
     if (status == MQ_OK) {
         status = check_body(session, data, size, header.position, error);
     }

@@ -197,16 +197,23 @@ static void check_vectors(const mq_kernels *ours, const mq_kernels *scalar, floa
     }
 }
 
-static void check_attention(const mq_kernels *ours, const mq_kernels *scalar, size_t n, size_t head_dim)
+/* Tokens that see up to `seen` positions of a chunk, and their parts joined to one another's. */
+static void check_attention(const mq_kernels *ours, const mq_kernels *scalar, size_t seen, size_t tokens)
 {
-    const float *query = random_floats(head_dim, 4.0f);
-    const uint16_t *key = random_halves(n * head_dim, false), *value = random_halves(n * head_dim, false);
-    float *out[2] = {guarded(head_dim * sizeof(float)), guarded(head_dim * sizeof(float))};
-    float *scores = guarded(n * sizeof *scores);
+    enum { HEADS = 3, DIM = 36, PADDED = 48, PART = PADDED + MQ_PART_TAIL };
+    const size_t first = seen > tokens ? seen - tokens + 1 : 1, positions = (first + tokens - 1 + 15) / 16 * 16;
+    const mq_queries queries = {random_floats(tokens * HEADS * DIM, 4.0f), tokens, HEADS * DIM, HEADS, DIM, 0.3f};
+    const uint16_t *key = random_halves(positions * DIM, false), *value = random_halves((first + tokens - 1) * PADDED, false);
+    const size_t bytes = tokens * HEADS * PART * sizeof(float);
+    float *part[2] = {guarded(bytes), guarded(bytes)};
     for (int i = 0; i < 2; i++) {
-        (i == 0 ? ours : scalar)->attention(query, key, value, head_dim, n, head_dim, 0.3f, scores, out[i]);
+        (i == 0 ? ours : scalar)->attend(&queries, first, key, value, part[i]);
     }
-    expect_same(ours->name, "attention", n, 0, out[0], out[1], head_dim * sizeof(float));
+    expect_same(ours->name, "attend", seen, 0, part[0], part[1], bytes);
+    for (int i = 0; i < 2; i++) {
+        (i == 0 ? ours : scalar)->join(part[i], part[i] + (tokens * HEADS - 1) * PART, DIM);
+    }
+    expect_same(ours->name, "join", seen, 0, part[0], part[1], PART * sizeof(float));
 }
 
 static void check_table(const mq_kernels *ours, const mq_kernels *scalar)
@@ -221,7 +228,7 @@ static void check_table(const mq_kernels *ours, const mq_kernels *scalar)
         float *x = random_floats(sizes[i], 9.0f);
         memcpy(x, extremes, sizes[i] * sizeof *x < sizeof extremes ? sizes[i] * sizeof *x : sizeof extremes);
         check_vectors(ours, scalar, x, sizes[i]);
-        check_attention(ours, scalar, sizes[i], 80);
+        check_attention(ours, scalar, sizes[i] < 256 ? sizes[i] : 256, sizes[i] % 9 + 1);
         x[sizes[i] / 2] = NAN;
         check_quantize(ours, scalar, x, sizes[i]);
         x[sizes[i] / 2] = -INFINITY;
