@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+import torch
 from benchmarks.parity import BUDGETS, compare
 
 from export.to_gguf import export_checkpoint
@@ -56,4 +57,5 @@ def test_attention_of_the_last_tokens_alone_equals_theirs_in_the_whole_text():
     query, key, value = (torch.randn(2, positions, 6, generator=generator) for _ in range(3))
     whole = causal_attention(query, key, value, 0.4)
     for last in (1, 30, ATTENTION_CHUNK + 3):
-        torch.testing.assert_close(causal_attention(query[:, -last:], key, value, 0.4), whole[:, -last:], rtol=0, atol=0)
+        alone = causal_attention(query[:, -last:], key, value, 0.4)
+        torch.testing.assert_close(alone, whole[:, -last:], rtol=0, atol=0)
