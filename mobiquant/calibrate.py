@@ -270,7 +270,7 @@ class _Calibration:
         blocks = [
             lambda index=index: self._saved_block(index).to(self.device) for index in range(self.source.block_count)
         ]
-        return budget_cuts(blocks, self._run, hidden, self.precision, self.sizes)
+        return budget_cuts(blocks, self._run, hidden, self.precision, self.sizes, self.batch)
 
     def _finish(self, scores: list[list[Tensor]], table: SlicedWeight) -> None:
         """Set the thresholds in every block, write what lies outside the blocks, then make the folder a checkpoint."""

@@ -61,12 +61,13 @@ def budget_cuts(
     hidden: Tensor,
     precision: Precision,
     sizes: Sequence[int],
+    batch: int,
 ) -> np.ndarray:
     """The cut for every entry of `precision.budgets`, float32, descending.
 
     blocks: load the calibrated blocks, which share `precision`, one at a time; run(block, hidden): its output; hidden:
-    float32 [windows, seq_len, width], embedded held-out text, taken window by window; sizes: weights of a block's
-    linears, in the order of LINEARS.
+    float32 [windows, seq_len, width], embedded held-out text, taken `batch` windows at a time; sizes: weights of a
+    block's linears, in the order of LINEARS.
     """
     scores: list[Tensor] = []
     bits = np.zeros(_CANDIDATES)
@@ -75,7 +76,7 @@ def budget_cuts(
         for load in blocks:
             block = load()
             with RouterScores(block) as recorded:
-                stream = torch.cat([run(block, window) for window in stream.split(1)])
+                stream = torch.cat([run(block, windows) for windows in stream.split(batch)])
             scores += recorded.per_linear()
             bar.update()
         weights = list(sizes) * len(blocks)
@@ -91,9 +92,10 @@ def budget_cuts(
                 for router in routers:
                     router.threshold.fill_(float(cut))
                 outputs = []
-                for window in streams[place].split(1):
-                    outputs.append(run(block, window))
-                    bits[place] += _bits_read(precision, sizes) / (len(blocks) * len(hidden))
+                for windows in streams[place].split(batch):
+                    outputs.append(run(block, windows))
+                    share = len(windows) / (len(hidden) * len(blocks))
+                    bits[place] += share * _bits_read(precision, sizes)
                 streams[place] = torch.cat(outputs)
             bar.update()
     cuts = np.interp(precision.budgets, np.maximum.accumulate(bits), candidates)

@@ -49,6 +49,17 @@ class Budget:
         return cls(float(bits), routed=not isinstance(bits, Integral))
 
     @classmethod
+    def parse(cls, text: str) -> Budget:
+        """As a user writes it in a list: "4" is one precision for every token, "4.0" a routed average, "static:4" a
+        static one. Raises ValueError."""
+        try:
+            if text.isdecimal():
+                return cls.of(int(text))
+            return cls.of(float(text) if "." in text and ":" not in text else text)
+        except ValueError as error:
+            raise ValueError(f"budget {text!r}: {error}") from error
+
+    @classmethod
     def requested(cls, bits: int | str | None, avg_bits: float | None) -> Budget | None:
         """From the two ways to ask, of which at most one may be given; None when neither is."""
         if bits is not None and avg_bits is not None:

@@ -1,4 +1,4 @@
-"""The commands of the device side: their registration, and `bench`, `info` and the perplexity of a GGUF file.
+"""The commands of the device side: their registration, and `bench` and `info`.
 
 Arguments in, text out; what the commands do is in the other files of this package.
 """
@@ -8,21 +8,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from runtime.budget import DEPTH_BITS
 from runtime.converse import add_chat
 from runtime.options import one_line_errors
 from runtime.run import add_run
 from runtime.serve import add_serve
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from mobiquant.scoring import Score
 
 
 def add_commands(subparsers: argparse._SubParsersAction) -> None:
@@ -111,48 +104,3 @@ def info_command(args: argparse.Namespace) -> int:
     with Model(args.model, n_ctx=1, n_threads=1, n_batch=1, allow_partial=True) as model:
         print(describe(model))
     return 0
-
-
-@one_line_errors
-def perplexity(args: argparse.Namespace) -> int:
-    """Perplexity of a GGUF file; the flags are those of `mobiquant perplexity` (mobiquant.cli)."""
-    from mobiquant.scoring import format_result
-    from mobiquant.text import read_text
-    from runtime.model import Model
-    from runtime.perplexity import score_text
-
-    text = read_text(args.file)
-    with Model(args.model, n_threads=args.threads, bits=args.bits, avg_bits=args.avg_bits) as model:
-        score = score_text(
-            model,
-            text,
-            rule=args.rule,
-            context=args.ctx_size,
-            n_windows=args.windows,
-            reference=_reference_logits(args.reference) if args.reference else None,
-            on_window=_progress_line(),
-        )
-        result = score.to_dict(model.stats.average_bits)
-    print(format_result(result if args.bits is None else result | {"bits": args.bits}, args.output))
-    return 0
-
-
-def _reference_logits(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
-    try:
-        from mobiquant.evaluate import reference_logits
-    except ImportError as error:
-        raise ImportError(f"--reference: {error}; run: pip install 'mobiquant[calibrate]'") from error
-    return reference_logits(folder)
-
-
-def _progress_line() -> Callable[[int, int, Score], None]:
-    """A line on the terminal that is rewritten after every window; silent when stderr is no terminal."""
-    start = time.perf_counter()
-
-    def show(done: int, total: int, score: Score) -> None:
-        if sys.stderr.isatty():
-            left = (time.perf_counter() - start) / done * (total - done)
-            end = "\n" if done == total else ""
-            print(f"\r{done}/{total} windows, perplexity {score.ppl:.3f}, {left:.0f} s left ", end=end, file=sys.stderr)
-
-    return show

@@ -266,6 +266,19 @@ class Model:
         """Forget all tokens."""
         self._rewind(0)
 
+    def reuse(self, tokens: Sequence[int], *, any_budget: bool = False) -> int:
+        """Keep of the cache what begins `tokens` and was computed at the present budget, or `any_budget`.
+
+        Forgets the rest. Returns how many tokens are kept: never the last, which is computed again for its logits.
+        """
+        count = 0
+        for token, (cached, budget) in zip(tokens[:-1], self._history, strict=False):
+            if token != cached or not (any_budget or budget == self._budget):
+                break
+            count += 1
+        self._rewind(count)
+        return count
+
     def eval(self, tokens: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Evaluate tokens after those in the cache.
 
@@ -387,8 +400,7 @@ class Model:
                 f"prompt: expected at most {self.n_ctx} tokens, the context, found {len(sequence)}",
                 "MQ_ERR_CONTEXT_FULL",
             )
-        self._rewind(self._reusable(sequence, keep_cache))
-        pending = sequence[self.position :]
+        pending = sequence[self.reuse(sequence, any_budget=keep_cache) :]
         while True:
             while len(pending) > self._options.n_batch and not (cancelled and cancelled()):
                 self._eval_piece(np.array(pending[: self._options.n_batch], np.int32), self._no_logits)
@@ -411,13 +423,3 @@ class Model:
     def _rewind(self, position: int) -> None:
         self._session.rewind(position)
         del self._history[position:]
-
-    def _reusable(self, tokens: list[int], any_budget: bool) -> int:
-        """How many tokens from the start the cache holds, at the present budget or any; the last is always computed
-        again, for its logits."""
-        count = 0
-        for token, (cached, budget) in zip(tokens[:-1], self._history, strict=False):
-            if token != cached or not (any_budget or budget == self._budget):
-                break
-            count += 1
-        return count

@@ -176,7 +176,7 @@ def calibrate_block(task: BlockTask) -> CalibratedBlock:
 def _batches(task: BlockTask, optimizer: torch.optim.Optimizer, stage: str) -> Iterator[Tensor]:
     """Window numbers of every step, int64 [batch], all at one depth, in seeded order; the step size falls to 0."""
     settings = task.settings
-    done, total = 0, step_count(settings) / 2
+    done, total = 0, step_count(settings, False) / 2
     initial = [group["lr"] for group in optimizer.param_groups]
     for _ in range(settings.epochs):
         batches = []
