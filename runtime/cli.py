@@ -10,16 +10,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from runtime.budget import DEPTH_BITS
 from runtime.converse import add_chat
 from runtime.options import one_line_errors
 from runtime.run import add_run
 from runtime.serve import add_serve
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_commands(subparsers: argparse._SubParsersAction) -> None:

@@ -266,12 +266,16 @@ class Model:
         """Forget all tokens."""
         self._rewind(0)
 
-    def reuse(self, tokens: Sequence[int]) -> int:
-        """Keep of the cache what begins `tokens` and was computed at the present budget, and forget the rest.
+    def reuse(self, tokens: Sequence[int], *, any_budget: bool = False) -> int:
+        """Keep of the cache what begins `tokens` and was computed at the present budget, or `any_budget`.
 
-        Returns how many tokens are kept: never the last, which is computed again for its logits.
+        Forgets the rest. Returns how many tokens are kept: never the last, which is computed again for its logits.
         """
-        count = self._reusable(list(tokens), any_budget=False)
+        count = 0
+        for token, (cached, budget) in zip(tokens[:-1], self._history, strict=False):
+            if token != cached or not (any_budget or budget == self._budget):
+                break
+            count += 1
         self._rewind(count)
         return count
 
@@ -396,8 +400,7 @@ class Model:
                 f"prompt: expected at most {self.n_ctx} tokens, the context, found {len(sequence)}",
                 "MQ_ERR_CONTEXT_FULL",
             )
-        self._rewind(self._reusable(sequence, keep_cache))
-        pending = sequence[self.position :]
+        pending = sequence[self.reuse(sequence, any_budget=keep_cache) :]
         while True:
             while len(pending) > self._options.n_batch and not (cancelled and cancelled()):
                 self._eval_piece(np.array(pending[: self._options.n_batch], np.int32), self._no_logits)
@@ -420,13 +423,3 @@ class Model:
     def _rewind(self, position: int) -> None:
         self._session.rewind(position)
         del self._history[position:]
-
-    def _reusable(self, tokens: list[int], any_budget: bool) -> int:
-        """How many tokens from the start the cache holds, at the present budget or any; the last is always computed
-        again, for its logits."""
-        count = 0
-        for token, (cached, budget) in zip(tokens[:-1], self._history, strict=False):
-            if token != cached or not (any_budget or budget == self._budget):
-                break
-            count += 1
-        return count
