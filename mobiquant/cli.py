@@ -1,8 +1,8 @@
 """The console command `mobiquant`.
 
 Owns the flags of `calibrate` and how errors and Ctrl-C end a command. The commands that judge a model are added by
-mobiquant.evaluation_cli, those that run a GGUF file by runtime.cli. Heavy imports happen inside a command: the device
-side has no torch.
+mobiquant.evaluation.cli, those that run a GGUF file by runtime.commands.cli. Heavy imports happen inside a command:
+the device side has no torch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from mobiquant import evaluation_cli
-    from runtime import cli as runtime_cli
+    from mobiquant.evaluation import cli as evaluation_cli
+    from runtime.commands import cli as runtime_cli
 
     parser = argparse.ArgumentParser(
         prog="mobiquant", description="Run language models at any average precision from 2 to 8 bits, from one file."

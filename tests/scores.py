@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from mobiquant.backends import open_backend
-from mobiquant.evaluate import Precision, Row, score_windows, text_windows
+from mobiquant.evaluation.backends import open_backend
+from mobiquant.evaluation.evaluate import Precision, Row, score_windows, text_windows
 
 
 def score(model: Path, text: str, budget: str, reference: Path) -> Row:

@@ -18,7 +18,7 @@ from benchmarks.baselines.rtn import round_to_nearest
 from benchmarks.baselines.scores import add_window
 from benchmarks.dense import DenseModel
 
-from mobiquant.scoring import Score
+from mobiquant.evaluation.scoring import Score
 from mobiquant.slices import split_groups
 from mobiquant.source import open_source
 

@@ -21,9 +21,9 @@ from tiny import TINY
 
 from export.to_gguf import export_synthetic
 from mobiquant.cli import main
+from runtime.commands.page import Fragment, html_page, svg_picture
+from runtime.commands.picture import Scale, coloured, histogram
 from runtime.generation import Step
-from runtime.page import Fragment, html_page, svg_picture
-from runtime.picture import Scale, coloured, histogram
 
 ROOT = Path(__file__).parent.parent
 GREEDY = ("-n", "12", "--temp", "0")

@@ -14,11 +14,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from export.to_gguf import export_checkpoint  # noqa: E402
-from mobiquant.backends import Backend, open_backend  # noqa: E402
-from mobiquant.baselines import Baseline, read_baselines  # noqa: E402
 from mobiquant.cli import main  # noqa: E402
-from mobiquant.evaluate import FULL, Precision, score_windows, text_windows  # noqa: E402
-from mobiquant.scoring import Window  # noqa: E402
+from mobiquant.evaluation.backends import Backend, open_backend  # noqa: E402
+from mobiquant.evaluation.baselines import Baseline, read_baselines  # noqa: E402
+from mobiquant.evaluation.evaluate import FULL, Precision, score_windows, text_windows  # noqa: E402
+from mobiquant.evaluation.scoring import Window  # noqa: E402
 from runtime.budget import Budget  # noqa: E402
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -143,7 +143,7 @@ def test_long_windows_are_scored_in_blocks_alike(
     windows = text_windows(backend, tiny_text, "all", count=2)
     (whole,) = score_windows(backend, windows, [FULL]).rows
     assert whole.score.tokens == 2 * 63
-    monkeypatch.setattr("mobiquant.backends._BLOCK", 11)
+    monkeypatch.setattr("mobiquant.evaluation.backends._BLOCK", 11)
     (parts,) = score_windows(backend, windows, [FULL]).rows
     assert parts.score.nll == pytest.approx(whole.score.nll, rel=1e-12)
 

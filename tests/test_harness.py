@@ -23,9 +23,9 @@ from lm_eval.tasks import TaskManager
 
 from export.to_gguf import export_synthetic
 from mobiquant.cli import main
-from mobiquant.harness import MobiQuantLM
-from mobiquant.scoring import log_softmax
-from mobiquant.tasks import LOCAL_TASKS, load_tasks
+from mobiquant.evaluation.harness import MobiQuantLM
+from mobiquant.evaluation.scoring import log_softmax
+from mobiquant.evaluation.tasks import LOCAL_TASKS, load_tasks
 from runtime import Model
 
 ROOT = Path(__file__).parent.parent
@@ -239,7 +239,7 @@ def test_the_command_line_of_the_harness_runs_a_file(file: Path, tmp_path: Path)
     )
     options = ("--model", "mobiquant", "--model_args", f"path={file},bits=3.0", "--tasks", "mine")
     done = subprocess.run(
-        [sys.executable, "-m", "mobiquant.harness", *options, "--include_path", tmp_path],
+        [sys.executable, "-m", "mobiquant.evaluation.harness", *options, "--include_path", tmp_path],
         cwd=ROOT,
         env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -262,7 +262,7 @@ def test_unknown_tasks_are_named(
 ) -> None:
     # Reading the harness's thousands of tasks takes seconds; none is as good as many here.
     empty = partial(TaskManager, include_path=tmp_path, include_defaults=False)
-    monkeypatch.setattr("mobiquant.tasks.TaskManager", empty)
+    monkeypatch.setattr("mobiquant.evaluation.tasks.TaskManager", empty)
     assert main(["evaluate", str(file), "--tasks", "piqa,no_such", "--tasks-dir", str(tasks_dir)]) == 1
     last = capfd.readouterr().err.splitlines()[-1]
     assert last == f"error: --tasks: no_such: neither in {tasks_dir} nor known to lm_eval; see `lm_eval ls tasks`"

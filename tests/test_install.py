@@ -64,7 +64,7 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
 def test_wheel_offers_its_model_to_the_evaluation_harness(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-    assert "[lm_eval.models]\nmobiquant = mobiquant.harness:MobiQuantLM" in archive.read(points).decode()
+    assert "[lm_eval.models]\nmobiquant = mobiquant.evaluation.harness:MobiQuantLM" in archive.read(points).decode()
 
 
 def test_wheel_needs_no_torch(wheel: Path) -> None:

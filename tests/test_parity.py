@@ -18,7 +18,7 @@ from export.to_gguf import export_checkpoint
 from mobiquant.arithmetic import ATTENTION_CHUNK, causal_attention
 from mobiquant.calibrate import calibrate
 from mobiquant.config import CalibrationSettings
-from mobiquant.scoring import make_windows
+from mobiquant.evaluation.scoring import make_windows
 from mobiquant.source import open_source
 
 DEMO = Path(__file__).parents[1] / "mobiquant" / "demo"

@@ -256,7 +256,7 @@ def test_bytes_that_are_not_utf8_are_named(tokenizer: Tokenizer) -> None:
 
 def test_importing_the_runtime_does_not_import_the_calibration_side() -> None:
     code = (
-        "import sys; from runtime import Model; import runtime.cli, mobiquant.cli;"
+        "import sys; from runtime import Model; import runtime.commands.cli, mobiquant.cli;"
         "print([name for name in ('torch', 'transformers', 'mobiquant.calibrate', 'gguf') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobiquant.scoring import Score, make_windows
+from mobiquant.evaluation.scoring import Score, make_windows
 from mobiquant.text import clean_text
 
 BOS = 0
@@ -89,6 +89,6 @@ def test_separator_lines_are_removed():
 
 
 def test_device_side_modules_do_not_import_torch():
-    modules = "mobiquant, mobiquant.packing, mobiquant.scoring, mobiquant.config, mobiquant.cli"
+    modules = "mobiquant, mobiquant.packing, mobiquant.evaluation.scoring, mobiquant.config, mobiquant.cli"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mobiquant.scoring import make_windows
+from mobiquant.evaluation.scoring import make_windows
 from mobiquant.text import clean_text
 from runtime import Model
 

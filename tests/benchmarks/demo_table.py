@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from mobiquant.backends import RuntimeBackend
-from mobiquant.evaluate import Precision, score_windows, text_windows
+from mobiquant.evaluation.backends import RuntimeBackend
+from mobiquant.evaluation.evaluate import Precision, score_windows, text_windows
 from runtime import Model
 from runtime.sampling import SamplingSettings
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from mobiquant.checkpoint import LINEARS
+from mobiquant.evaluation.scoring import log_softmax, make_windows
 from mobiquant.reference import ReferenceModel, open_reference
-from mobiquant.scoring import log_softmax, make_windows
 from mobiquant.text import clean_text
 from runtime import Model
 

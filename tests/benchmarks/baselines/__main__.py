@@ -23,8 +23,8 @@ from torch import Tensor
 
 from mobiquant.config import MAX_SEQ_LEN
 from mobiquant.data import calibration_windows
+from mobiquant.evaluation.scoring import default_window, make_windows
 from mobiquant.models import linear_shapes
-from mobiquant.scoring import default_window, make_windows
 from mobiquant.source import open_source
 from mobiquant.text import clean_text, read_text
 
@@ -34,7 +34,7 @@ from .grid import bits_per_weight
 from .rtn import round_to_nearest
 from .scores import Entry, ScoredText, table
 
-# File, rule of mobiquant.scoring, windows.
+# File, rule of mobiquant.evaluation.scoring, windows.
 TEXTS = (("heldout_anchor.txt", "llama.cpp", 32), ("heldout.txt", "all", 64), ("wikitext2_valid_tokens.txt", "all", 32))
 CALIBRATION = "calibration.txt"
 WIDTHS = {"RTN": (2, 3, 4, 6, 8), "GPTQ": (2, 3, 4)}

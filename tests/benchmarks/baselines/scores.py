@@ -1,6 +1,6 @@
 """How far a quantised model is from full precision on the texts, and the entries that this makes.
 
-The same sums as mobiquant.scoring.Score.add, computed where the model is: on a GPU that is a hundred times faster.
+The same sums as mobiquant.evaluation.scoring's, computed where the model is: on a GPU a hundred times faster.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mobiquant.scoring import Score, Window
+from mobiquant.evaluation.scoring import Score, Window
 
 from ..dense import DenseModel, token_divergence
 
@@ -20,7 +20,7 @@ from ..dense import DenseModel, token_divergence
 class Entry:
     """One point of the comparison. bits_per_weight: of the block linears, scales and offsets counted; kl: mean nats per
     token from full precision; ppl: perplexity; top1: share of tokens with full precision's most likely successor; text:
-    file name; rule: of mobiquant.scoring."""
+    file name; rule: of mobiquant.evaluation.scoring."""
 
     name: str
     bits_per_weight: float

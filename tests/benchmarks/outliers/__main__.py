@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mobiquant.scoring import make_windows
+from mobiquant.evaluation.scoring import make_windows
 from mobiquant.source import open_source
 from mobiquant.text import clean_text, read_text
 

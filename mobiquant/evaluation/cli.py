@@ -1,7 +1,7 @@
 """The commands that judge a model: `mobiquant perplexity`, one score quickly, and `mobiquant evaluate`, whole tables.
 
-Owns their flags, the checks before long work, and what is shown when; the work itself is in mobiquant.evaluate,
-mobiquant.tasks, mobiquant.report and mobiquant.plot. A GGUF file without --reference needs no torch.
+Owns their flags, the checks before long work, and what is shown when; the work itself is in evaluate, tasks, report
+and plot beside it. A GGUF file without --reference needs no torch.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mobiquant.backends import Backend, open_backend
-from mobiquant.baselines import Baseline, read_baselines
-from mobiquant.evaluate import DEFAULT_BUDGETS, FULL, Precision, TextResult, score_windows, text_windows
-from mobiquant.plot import check_plot, draw
-from mobiquant.report import Report, TextReport, write_report
-from mobiquant.scoring import RULES, default_window, format_result
+from mobiquant.evaluation.backends import Backend, open_backend
+from mobiquant.evaluation.baselines import Baseline, read_baselines
+from mobiquant.evaluation.evaluate import DEFAULT_BUDGETS, FULL, Precision, TextResult, score_windows, text_windows
+from mobiquant.evaluation.plot import check_plot, draw
+from mobiquant.evaluation.report import Report, TextReport, write_report
+from mobiquant.evaluation.scoring import RULES, default_window, format_result
 from mobiquant.text import read_text
 from mobiquant.torch_setup import prepare_torch
 from runtime.budget import Budget
-from runtime.options import bits_option
+from runtime.commands.options import bits_option
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -184,7 +184,7 @@ def _evaluate(
 def _load_tasks(args: argparse.Namespace) -> Mapping[str, Task]:
     if not args.tasks:
         return {}
-    from mobiquant.tasks import load_tasks
+    from mobiquant.evaluation.tasks import load_tasks
 
     return load_tasks(args.tasks, args.tasks_dir)
 
@@ -197,7 +197,7 @@ def _answer_tasks(
     tasks: Mapping[str, Task],
     limit: int | None,
 ) -> None:
-    from mobiquant.tasks import answer, task_row
+    from mobiquant.evaluation.tasks import answer, task_row
 
     show = _say(len(precisions) + (reference is not None))
     expected = None

@@ -1,4 +1,4 @@
-"""Text coloured by the bits it read: in the terminal, and as a histogram. runtime.page makes files of these colours."""
+"""Text coloured by the bits it read: in the terminal, and as a histogram. page.py makes files of these colours."""
 
 from __future__ import annotations
 

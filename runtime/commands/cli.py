@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runtime.budget import DEPTH_BITS
-from runtime.converse import add_chat
-from runtime.options import one_line_errors
-from runtime.run import add_run
-from runtime.serve import add_serve
+from runtime.commands.converse import add_chat
+from runtime.commands.options import one_line_errors
+from runtime.commands.run import add_run
+from runtime.commands.serve import add_serve
 
 
 def add_commands(subparsers: argparse._SubParsersAction) -> None:
@@ -60,8 +60,8 @@ def _averages(text: str) -> list[float]:
 @one_line_errors
 def bench_command(args: argparse.Namespace) -> int:
     """`mobiquant bench`: a table of speeds on stdout, progress on stderr."""
-    from runtime.bench import LINEAR_SHAPES, Plan, bench_file, bench_linears, format_rows
     from runtime.budget import Budget
+    from runtime.commands.bench import LINEAR_SHAPES, Plan, bench_file, bench_linears, format_rows
     from runtime.cpu import physical_cores
 
     threads = args.threads or [physical_cores()]
@@ -94,7 +94,7 @@ def _rewritten_line() -> Callable[[str], None]:
 @one_line_errors
 def info_command(args: argparse.Namespace) -> int:
     """`mobiquant info`: the version and the kernels of this machine, and a file's shape and sizes."""
-    from runtime.report import describe, describe_machine
+    from runtime.commands.report import describe, describe_machine
 
     if args.model is None:
         print(describe_machine())

@@ -12,8 +12,8 @@ from html import escape
 
 import numpy as np
 
+from runtime.commands.picture import PAGE_COLOURS, Scale
 from runtime.generation import Step
-from runtime.picture import PAGE_COLOURS, Scale
 
 LINEARS = ("q", "k", "v", "output", "gate", "up", "down")
 

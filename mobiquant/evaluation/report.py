@@ -2,7 +2,7 @@
 
 JSON: `model`, `kind` (gguf, checkpoint, full precision), `reference`, and two lists. `texts`: file, rule, context,
 windows, interrupted, full_precision {ppl, tokens} or null, rows {budget, kind, bits, bits_per_weight, ppl, kl, top1,
-tokens}, and baselines in the form of mobiquant.baselines. `tasks`: {task, budget, documents, acc, acc_stderr, acc_norm,
+tokens}, and baselines in the form of baselines.py. `tasks`: {task, budget, documents, acc, acc_stderr, acc_norm,
 acc_norm_stderr, same_answers}. kl is in nats per token, top1, acc and same_answers are shares; null is "not measured".
 """
 
@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mobiquant.baselines import Baseline
-from mobiquant.evaluate import Row, TextResult
+from mobiquant.evaluation.baselines import Baseline
+from mobiquant.evaluation.evaluate import Row, TextResult
 
 
 @dataclass(frozen=True)

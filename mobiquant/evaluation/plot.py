@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mobiquant.baselines import Baseline
-from mobiquant.evaluate import Row
-from mobiquant.report import Report, TextReport
+from mobiquant.evaluation.baselines import Baseline
+from mobiquant.evaluation.evaluate import Row
+from mobiquant.evaluation.report import Report, TextReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.budget import DEPTH_BITS
-from runtime.options import add_model_options, add_sampling_options, one_line_errors, open_model, sampling_settings
-from runtime.run import add_output_options, check_output_options
+from runtime.commands.options import (
+    add_model_options,
+    add_sampling_options,
+    one_line_errors,
+    open_model,
+    sampling_settings,
+)
+from runtime.commands.run import add_output_options, check_output_options
 
 if TYPE_CHECKING:
     from runtime.model import Model
@@ -48,8 +54,8 @@ def add_chat(subparsers: argparse._SubParsersAction) -> None:
 @one_line_errors
 def chat_command(args: argparse.Namespace) -> int:
     """`mobiquant chat`."""
-    from runtime.console import write_picture
-    from runtime.picture import Scale
+    from runtime.commands.console import write_picture
+    from runtime.commands.picture import Scale
     from runtime.tokens import as_text
 
     check_output_options(args)
@@ -71,7 +77,7 @@ class Conversation:
     """Messages so far, and what answers and commands do to them."""
 
     def __init__(self, model: Model, args: argparse.Namespace, settings: SamplingSettings) -> None:
-        from runtime.page import Fragment
+        from runtime.commands.page import Fragment
 
         self._model = model
         self._settings = settings
@@ -123,10 +129,10 @@ class Conversation:
         print(f"{self._model.budget} from now on", file=sys.stderr)
 
     def _stream_answer(self, text: str) -> str:
-        from runtime.console import ending_on_interrupt, print_pieces, print_summary
+        from runtime.commands.console import ending_on_interrupt, print_pieces, print_summary
+        from runtime.commands.page import Fragment
+        from runtime.commands.picture import Scale
         from runtime.generation import Generation, Request
-        from runtime.page import Fragment
-        from runtime.picture import Scale
 
         chat = self._model.chat
         request = Request(
@@ -147,7 +153,7 @@ class Conversation:
         return "".join(fragment.text for fragment in fragments)
 
     def _answer_as_json(self) -> str:
-        from runtime.console import ending_on_interrupt
+        from runtime.commands.console import ending_on_interrupt
 
         with ending_on_interrupt() as interrupted:
             result = self._model.create_chat_completion(

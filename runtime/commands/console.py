@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from runtime.commands.page import Fragment, html_page, svg_picture
+from runtime.commands.picture import Scale, coloured, histogram, wants_colour
 from runtime.files import write_atomically
 from runtime.generation import Figures, Generation
-from runtime.page import Fragment, html_page, svg_picture
-from runtime.picture import Scale, coloured, histogram, wants_colour
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from mobiquant.backends import Backend
-from mobiquant.harness import MobiQuantLM
-from mobiquant.report import TaskRow
+from mobiquant.evaluation.backends import Backend
+from mobiquant.evaluation.harness import MobiQuantLM
+from mobiquant.evaluation.report import TaskRow
 from runtime.budget import Budget
 
 _FILTER = "none"  # the harness's name for answers taken as they are

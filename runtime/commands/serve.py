@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 
-from runtime.options import add_model_options, one_line_errors, open_model
+from runtime.commands.options import add_model_options, one_line_errors, open_model
 
 
 def add_serve(subparsers: argparse._SubParsersAction) -> None:

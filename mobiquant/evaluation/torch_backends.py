@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from export.vocab import read_vocabulary
-from mobiquant.backends import Backend, shared_prefix
 from mobiquant.checkpoint import ROUTER_POINTS, is_checkpoint, open_checkpoint
+from mobiquant.evaluation.backends import Backend, shared_prefix
 from mobiquant.models import linear_shapes
 from mobiquant.packing import GROUP_SIZE, SLICE_COUNT, TILE_ROWS, groups_of, tiles_of
 from mobiquant.reference import open_reference

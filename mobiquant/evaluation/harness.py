@@ -3,8 +3,8 @@
     lm_eval --model mobiquant --model_args path=FILE.gguf,bits=3.0 --tasks arc_easy
 
 finds it by the entry point in pyproject.toml from the first release after lm_eval 0.4.13. That release and earlier ones
-look for no plugins; there the same command line is `python -m mobiquant.harness` instead of `lm_eval`. A GGUF file
-needs neither torch nor transformers.
+look for no plugins; there the same command line is `python -m mobiquant.evaluation.harness` instead of `lm_eval`. A
+GGUF file needs neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from mobiquant.backends import Backend, open_backend
-from mobiquant.scoring import log_softmax
+from mobiquant.evaluation.backends import Backend, open_backend
+from mobiquant.evaluation.scoring import log_softmax
 from runtime.budget import Budget
 from runtime.sampling import Sampler, SamplingSettings
 

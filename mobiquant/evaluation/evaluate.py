@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mobiquant.backends import Backend
-from mobiquant.scoring import Score, Window, default_window, make_windows
+from mobiquant.evaluation.backends import Backend
+from mobiquant.evaluation.scoring import Score, Window, default_window, make_windows
 from mobiquant.text import clean_text
 from runtime.budget import Budget
 
@@ -89,7 +89,7 @@ class TextResult:
 def text_windows(
     backend: Backend, text: str, rule: str, context: int | None = None, count: int | None = None
 ) -> list[Window]:
-    """The first `count` windows of a text (all when None) by a rule of mobiquant.scoring, in the backend's tokens.
+    """The first `count` windows of a text (all when None) by a rule of scoring.py, in the backend's tokens.
 
     context: tokens of a window, None for the rule's default. Raises ValueError for a text too short, or a model
     without begin-of-text token.

@@ -11,8 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.commands.options import (
+    add_model_options,
+    add_sampling_options,
+    one_line_errors,
+    open_model,
+    sampling_settings,
+)
 from runtime.errors import MobiQuantError
-from runtime.options import add_model_options, add_sampling_options, one_line_errors, open_model, sampling_settings
 
 if TYPE_CHECKING:
     from runtime.model import Model
@@ -61,7 +67,7 @@ def check_output_options(args: argparse.Namespace) -> None:
 @one_line_errors
 def run_command(args: argparse.Namespace) -> int:
     """`mobiquant run`; returns 130 when Ctrl-C ended the text."""
-    from runtime.console import ending_on_interrupt
+    from runtime.commands.console import ending_on_interrupt
     from runtime.tokens import as_text
 
     check_output_options(args)
@@ -100,10 +106,10 @@ def _prompt_cache(model: Model, path: Path | None) -> Iterator[None]:
 
 
 def _stream(args: argparse.Namespace, model: Model, prompt: str, settings: SamplingSettings) -> int:
-    from runtime.console import ending_on_interrupt, print_pieces, print_summary, write_picture
+    from runtime.commands.console import ending_on_interrupt, print_pieces, print_summary, write_picture
+    from runtime.commands.page import Fragment
+    from runtime.commands.picture import Scale
     from runtime.generation import Generation, Request
-    from runtime.page import Fragment
-    from runtime.picture import Scale
 
     tokens, fragments = model.tokenize(prompt), [Fragment(prompt)]
     limit = args.n_predict if args.n_predict > 0 else None

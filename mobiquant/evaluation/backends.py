@@ -1,7 +1,7 @@
 """What can be evaluated, behind one interface: a GGUF file, a calibrated checkpoint or a full-precision folder.
 
 Tokens in, logits out, at a budget. The file runs in the C runtime and needs no torch; the folders are opened by
-mobiquant.torch_backends.
+mobiquant.evaluation.torch_backends.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def open_backend(path: Path, *, device: str = "cpu", n_ctx: int = 0, n_threads: 
     if not path.is_dir():
         return RuntimeBackend(path, n_ctx=n_ctx, n_threads=n_threads)
     try:
-        from mobiquant.torch_backends import open_folder
+        from mobiquant.evaluation.torch_backends import open_folder
     except ImportError as error:
         raise ImportError(f"{path}: a folder needs torch ({error}): pip install 'mobiquant[calibrate]'") from error
     return open_folder(path, device, n_ctx)
