@@ -11,7 +11,7 @@
 
 #include <string.h>
 
-enum { CHUNKS_PER_ITEM = 2 };
+enum { CHUNKS_PER_ITEM = 4 };
 
 typedef struct attention {
     mq_session *session;
