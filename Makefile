@@ -56,7 +56,7 @@ $(DEMO_FILE): $(DEMO_CHECKPOINT)/model.safetensors.index.json $(wildcard export/
 
 # The index file is the last that a calibration writes.
 $(DEMO_CHECKPOINT)/model.safetensors.index.json: | $(NATIVE)
-	$(BIN)/mobiquant calibrate $(DEMO_MODEL) -o $(DEMO_CHECKPOINT) --samples 32 --epochs 2
+	$(BIN)/mobiquant calibrate $(DEMO_MODEL) -o $(DEMO_CHECKPOINT) --samples 16 --distill-steps 40 --distill-batch 4
 
 $(NATIVE): $(C_SOURCES) $(C_HEADERS) runtime/_build.py $(INSTALLED)
 	$(BIN)/python setup.py --quiet build_ext --inplace

@@ -49,6 +49,7 @@ def metadata_fields(name: str, shape: ModelShape, vocabulary: Vocabulary) -> lis
         _u32(keys.KEY_OUTPUT_DEPTH, shape.output_depth),
         _u32(keys.KEY_ROUTER_HIDDEN, shape.router_hidden),
         Field(keys.KEY_ROUTER_BUDGETS, list(shape.budgets), GGUFValueType.ARRAY, GGUFValueType.FLOAT32),
+        *_static_order(shape),
         _string(keys.KEY_TOKENIZER, vocabulary.tokenizer_json),
     ]
     if vocabulary.chat_template:
@@ -60,6 +61,12 @@ def metadata_fields(name: str, shape: ModelShape, vocabulary: Vocabulary) -> lis
         eos_tokens = list(vocabulary.eos_tokens)
         fields.append(Field(keys.KEY_EOS_TOKENS, eos_tokens, GGUFValueType.ARRAY, GGUFValueType.UINT32))
     return fields
+
+
+def _static_order(shape: ModelShape) -> list[Field]:
+    if not shape.static_order:
+        return []
+    return [Field(keys.KEY_STATIC_ORDER, list(shape.static_order), GGUFValueType.ARRAY, GGUFValueType.UINT32)]
 
 
 def _string(key: str, value: str) -> Field:

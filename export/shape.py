@@ -29,6 +29,7 @@ class ModelShape:
     embedding_depth: int = SLICE_COUNT
     output_depth: int = SLICE_COUNT
     base_architecture: str = "llama"
+    static_order: tuple[int, ...] = ()  # linears as block·7 + place in LINEARS; empty: no static budgets
 
     def __post_init__(self) -> None:
         for name in (

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from export.errors import ExportError
-from export.keys import SUFFIX_SCALE_OFFSET
+from export.keys import LINEARS, SUFFIX_SCALE_OFFSET
 from export.names import checkpoint_name
 from export.plan import PlannedTensor
 from export.shape import ModelShape
-from mobiquant.checkpoint import CONFIG_FILE, Checkpoint
+from mobiquant.checkpoint import CONFIG_FILE, STATIC_ORDER, Checkpoint
 from mobiquant.packing import groups_of, pack_plane, pack_scale_offset
+from mobiquant.static import check_static_order
 
 SUPPORTED = ("llama",)
 _ROPE_THETA = 10000.0  # the base of a configuration that names none
@@ -47,6 +48,7 @@ def checkpoint_shape(checkpoint: Checkpoint) -> ModelShape:
         "rms_epsilon": number("rms_norm_eps", float),
         "rope_freq_base": number("rope_theta", float, default=_ROPE_THETA),
     }
+    static_order = _static_order(checkpoint, sizes["block_count"])
     try:
         return ModelShape(
             **sizes,
@@ -56,9 +58,22 @@ def checkpoint_shape(checkpoint: Checkpoint) -> ModelShape:
             embedding_depth=quantization.embedding_depth,
             output_depth=quantization.output_depth,
             base_architecture=model_type,
+            static_order=static_order,
         )
     except ExportError as error:
         raise ExportError(f"{where}: {error}") from error
+
+
+def _static_order(checkpoint: Checkpoint, block_count: int) -> tuple[int, ...]:
+    """The checkpoint's static order, checked; empty when it has none."""
+    if not checkpoint.has(STATIC_ORDER):
+        return ()
+    order = checkpoint.tensor(STATIC_ORDER, np.int32)
+    try:
+        check_static_order(order, block_count * len(LINEARS))
+    except ValueError as error:
+        raise ExportError(f"{checkpoint.path}: tensor {STATIC_ORDER}: {error}") from error
+    return tuple(order.tolist())
 
 
 class CheckpointSource:

@@ -19,6 +19,12 @@ from export.vocab import Vocabulary
 from mobiquant.config import default_budgets
 from mobiquant.packing import GROUP_SIZE, SLICE_COUNT, TILE_ROWS
 
+
+def _in_file_order(blocks: int) -> tuple[int, ...]:
+    """A static order without preference: every linear's second slice, then every third, then every fourth."""
+    return tuple(range(blocks * len(LINEARS))) * (SLICE_COUNT - 1)
+
+
 SHAPES: dict[str, ModelShape] = {
     "llama-3.2-1b": ModelShape(
         vocab_size=32000,
@@ -34,6 +40,7 @@ SHAPES: dict[str, ModelShape] = {
         tied=True,
         router_hidden=16,
         budgets=default_budgets(),
+        static_order=_in_file_order(16),
     ),
     "tinyllama-1.1b": ModelShape(
         vocab_size=32000,
@@ -49,6 +56,7 @@ SHAPES: dict[str, ModelShape] = {
         tied=False,
         router_hidden=16,
         budgets=default_budgets(),
+        static_order=_in_file_order(22),
     ),
     "llama-3-8b": ModelShape(
         vocab_size=128256,
@@ -64,6 +72,7 @@ SHAPES: dict[str, ModelShape] = {
         tied=False,
         router_hidden=16,
         budgets=default_budgets(),
+        static_order=_in_file_order(32),
     ),
 }
 

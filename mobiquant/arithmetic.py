@@ -103,29 +103,32 @@ def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Softmax attention of every token over itself and what came before, float32 [heads, tokens, head_dim] each.
+    """Softmax attention of every token over itself and what came before: float32 [heads, tokens, head_dim].
 
-    Chunk of positions by chunk, each joined to those before it: weights relative to the largest score so far.
+    query: [heads, tokens, head_dim], the last of the positions; key, value: [heads, positions, head_dim]. Chunk of
+    positions by chunk, each joined to those before it: weights relative to the largest score so far.
     """
-    heads, tokens, _ = query.shape
+    (heads, tokens, _), positions = query.shape, key.shape[1]
+    before = positions - tokens
     joined = torch.zeros_like(query)
     sums, largest = (query.new_full((heads, tokens, 1), start) for start in (0.0, -torch.inf))
-    for begin in range(0, tokens, ATTENTION_CHUNK):
-        seeing = slice(begin, None)  # earlier tokens see nothing of this chunk
-        part = _attend_chunk(query[:, seeing], key[:, begin:], value[:, begin:], scale)
+    for begin in range(0, positions, ATTENTION_CHUNK):
+        seeing = slice(max(0, begin - before), None)  # earlier tokens see nothing of this chunk
+        chunk = slice(begin, begin + ATTENTION_CHUNK)
+        part = _attend_chunk(query[:, seeing], key[:, chunk], value[:, chunk], max(0, before - begin), scale)
         if begin > 0:
             part = _join((joined[:, seeing], sums[:, seeing], largest[:, seeing]), part)
         joined[:, seeing], sums[:, seeing], largest[:, seeing] = part
     return joined * (1.0 / sums)
 
 
-def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Part:
-    """One chunk, whose first position is the first token's own."""
-    tokens, positions = query.shape[1], min(key.shape[1], ATTENTION_CHUNK)
+def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, first: int, scale: float) -> Part:
+    """One chunk; the first token stands at its position `first`, or behind its end."""
+    tokens, positions = query.shape[1], key.shape[1]
     scores = query.new_zeros(query.shape[0], tokens, positions)
     for i in range(query.shape[2]):
-        scores = fma(query[:, :, None, i], key[:, None, :positions, i], scores)
-    future = torch.ones(tokens, positions, dtype=torch.bool, device=query.device).triu(1)
+        scores = fma(query[:, :, None, i], key[:, None, :, i], scores)
+    future = torch.ones(tokens, positions, dtype=torch.bool, device=query.device).triu(first + 1)
     scores = (scores * scale).masked_fill(future, -torch.inf)
     largest = scores.amax(-1, keepdim=True)
     weights = exponential(scores - largest).masked_fill(future, 0.0)
@@ -134,7 +137,7 @@ def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Pa
         lanes = lanes + part
     total = torch.zeros_like(query)
     for position in range(positions):
-        later = slice(position, None)  # earlier tokens do not see this position
+        later = slice(max(0, position - first), None)  # earlier tokens do not see this position
         total[:, later] = fma(weights[:, later, position, None], value[:, None, position], total[:, later])
     return total, fold(lanes).unsqueeze(-1), largest
 

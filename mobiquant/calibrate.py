@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from mobiquant.activations import quantize_activations
 from mobiquant.checkpoint import (
     CONFIG_FILE,
     EMBEDDING,
     FINAL_NORM,
     HEAD,
     INDEX_FILE,
+    LINEARS,
     OUTER_FILE,
     ROTARY_FREQUENCIES,
     ROUTER_POINTS,
+    STATIC_ORDER,
     CheckpointError,
     block_file,
     block_name,
@@ -42,18 +43,23 @@ from mobiquant.config import CalibrationSettings, QuantizationConfig, RouterConf
 from mobiquant.data import CalibrationWindows, calibration_windows
 from mobiquant.linear import Precision, SliceEmbedding
 from mobiquant.models import UnsupportedModelError, install_slices, linear_shapes, load_block
+from mobiquant.outer import measure_outer
 from mobiquant.packing import SLICE_COUNT
-from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask, recipes
-from mobiquant.router import Router, budget_cuts, router_hidden_size
+from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask, Recipe, recipes
+from mobiquant.router import expected_gains, router_hidden_size
 from mobiquant.sensitivity import Sensitivity, measure_sensitivity, position_embeddings
 from mobiquant.slices import SlicedWeight, slice_weight
 from mobiquant.source import Source
+from mobiquant.static import static_order
+from mobiquant.thresholds import RouterScores, budget_cuts
 
 STATE_FILE = "calibration.json"
 _SENSITIVITY_FILE = "sensitivity.safetensors"
-_RECIPE_FILE = "recipe.safetensors"
-# Only a run that goes on needs these; a finished folder has neither.
-_WORK_FILES = (_SENSITIVITY_FILE, _RECIPE_FILE)
+_THRESHOLD_WINDOWS = 16
+# Tokens that pass a block together where nothing is trained.
+_PASS_TOKENS = 16384
+# Only a run that goes on needs these; a finished folder has none.
+_WORK_FILES = (_SENSITIVITY_FILE, "recipe-*.safetensors")
 
 
 @dataclass
@@ -105,10 +111,11 @@ class _Calibration:
         self.source, self.folder, self.settings = source, folder, settings
         self.windows, self._draw_windows = windows(settings.samples), windows
         self.device = torch.device(settings.device)
+        self.batch = max(1, _PASS_TOKENS // settings.seq_len)
         shapes = linear_shapes(source.config)
         hidden_size = router_hidden_size([[shapes[name] for name in names] for names in ROUTER_POINTS.values()])
         self.quantization = QuantizationConfig(RouterConfig(hidden_size), settings=settings)
-        self.precision = Precision(self.quantization.router.budgets)
+        self.precision = Precision(self.quantization.router.budgets, exact=False)
         self.sizes = [rows * columns for rows, columns in shapes.values()]
         self.positions = position_embeddings(source, settings.seq_len, self.device)
 
@@ -118,8 +125,9 @@ class _Calibration:
         sensitivity = self._sensitivity(embedding)
         streams = self._first_streams(embedding, table)
         recipe = recipes()[self.settings.recipe]
-        slices = None if recipe.slices is None else recipe.slices(self._model_task(embedding))
-        steps = recipe.steps(self.settings)
+        model_task = self._model_task(embedding)
+        slices = recipe.slices(model_task)
+        steps = recipe.steps(self.settings, slices is not None)
         scores: list[list[Tensor]] = [[] for _ in range(SLICE_COUNT)]
         with tqdm(total=steps * self.source.block_count, unit="step", smoothing=0.05) as bar:
             for index in range(self.source.block_count):
@@ -138,13 +146,14 @@ class _Calibration:
                 block = self._saved_block(index).to(self.device)
                 sliced = self._advance_sliced(block, streams, scores)
                 streams = _Streams(targets, sliced, streams.depths)
+        self._tune_routers(recipe, model_task)
         self._finish(scores, table)
 
     def _sensitivity(self, embedding: Tensor) -> Sensitivity:
         path = self.folder / _SENSITIVITY_FILE
         if not path.is_file():
             windows, settings = self.windows.training, self.settings
-            measured = measure_sensitivity(self.source, embedding, windows, settings.batch, settings.seed, self.device)
+            measured = measure_sensitivity(self.source, embedding, windows, self.batch, settings.seed, self.device)
             measured.save(path)
         return Sensitivity.load(path)
 
@@ -152,10 +161,10 @@ class _Calibration:
         return ModelTask(
             source=self.source,
             embedding=embedding,
-            windows=lambda count: self._draw_windows(count).training,
+            windows=self._draw_windows,
             settings=self.settings,
             device=self.device,
-            state=self.folder / _RECIPE_FILE,
+            folder=self.folder,
         )
 
     def _first_streams(self, embedding: Tensor, table: SlicedWeight) -> _Streams:
@@ -216,7 +225,7 @@ class _Calibration:
 
     @torch.no_grad()
     def _advance_exact(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        batches = hidden.split(self.settings.batch)
+        batches = hidden.split(self.batch)
         return torch.cat([block(x.to(self.device), position_embeddings=self.positions).cpu() for x in batches])
 
     @torch.no_grad()
@@ -228,10 +237,10 @@ class _Calibration:
             self.precision.depth = depth
             windows = torch.nonzero(streams.depths == depth).flatten()
             training, held_out = windows[windows < samples], windows[windows >= samples]
-            for chosen in training.split(self.settings.batch):
+            for chosen in training.split(self.batch):
                 outputs[chosen] = self._run(block, streams.sliced[chosen])
-            with _RouterScores(block) as recorded:
-                for chosen in held_out.split(self.settings.batch):
+            with RouterScores(block) as recorded:
+                for chosen in held_out.split(self.batch):
                     outputs[chosen] = self._run(block, streams.sliced[chosen])
             scores[depth - 1] += recorded.per_linear()
         return outputs
@@ -239,10 +248,34 @@ class _Calibration:
     def _run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         return block(hidden.to(self.device), position_embeddings=self.positions).cpu()
 
+    def _tune_routers(self, recipe: Recipe, task: ModelTask) -> None:
+        """Let the recipe train the routers of all blocks together, and save them in place of the blocks' own."""
+        tuned = recipe.routers(task, self._calibrated_block) or []
+        for index, routers in enumerate(tuned):
+            path = self.folder / block_file(index)
+            tensors = read_tensors(path)
+            for point, router in routers.items():
+                parts = {part: value.numpy() for part, value in router.state_dict().items()}
+                tensors |= {block_name(index, f"router_{point}.{part}"): value for part, value in parts.items()}
+            write_tensors(path, tensors)
+
+    def _calibrated_block(self, index: int) -> CalibratedBlock:
+        block = self._saved_block(index)
+        slices = {name: block.get_submodule(name).sliced() for name in LINEARS}
+        return CalibratedBlock(slices, {point: block.get_submodule(f"router_{point}") for point in ROUTER_POINTS})
+
+    def _cuts(self, table: SlicedWeight) -> np.ndarray:
+        windows = torch.from_numpy(self.windows.held_out[:_THRESHOLD_WINDOWS])
+        hidden = SliceEmbedding(table, self.quantization.embedding_depth)(windows)
+        blocks = [
+            lambda index=index: self._saved_block(index).to(self.device) for index in range(self.source.block_count)
+        ]
+        return budget_cuts(blocks, self._run, hidden, self.precision, self.sizes, self.batch)
+
     def _finish(self, scores: list[list[Tensor]], table: SlicedWeight) -> None:
         """Set the thresholds in every block, write what lies outside the blocks, then make the folder a checkpoint."""
         count = self.source.block_count
-        cuts = budget_cuts(scores, self.sizes * count, self.quantization.router.budgets)
+        cuts = self._cuts(table)
         for index in range(count):
             path = self.folder / block_file(index)
             tensors = read_tensors(path)
@@ -250,52 +283,32 @@ class _Calibration:
                 name = block_name(index, f"router_{point}.threshold")
                 tensors[name] = np.broadcast_to(cuts, tensors[name].shape)
             write_tensors(path, tensors)
-        outer = _slice_tensors(EMBEDDING, table)
+        outer, head = _slice_tensors(EMBEDDING, table), table
         if not self.source.config.tie_word_embeddings:
-            outer |= _slice_tensors(HEAD, _sliced(self.source.head(), f"{HEAD}.weight"))
+            head = _sliced(self.source.head(), f"{HEAD}.weight")
+            outer |= _slice_tensors(HEAD, head)
+        costs = measure_outer(self.source, table, head, self.windows.held_out, self.settings.batch, self.device)
+        embedding_depth, output_depth = costs.choose()
+        quantization = dataclasses.replace(
+            self.quantization, embedding_depth=embedding_depth, output_depth=output_depth
+        )
         outer[FINAL_NORM] = self.source.tensor(FINAL_NORM).numpy()
+        outer[STATIC_ORDER] = static_order(expected_gains(scores))
         outer[ROTARY_FREQUENCIES] = self.source.rotary().inv_freq.numpy()
         write_tensors(self.folder / OUTER_FILE, outer)
-        for name in _WORK_FILES:
-            (self.folder / name).unlink(missing_ok=True)
+        for path in _work_files(self.folder):
+            path.unlink()
         files = [*(block_file(index) for index in range(count)), OUTER_FILE]
-        finish_checkpoint(self.folder, self.source.path, self.source.content, self.quantization, files)
-
-
-class _RouterScores:
-    """Records the scores of a block's routers while it runs."""
-
-    def __init__(self, block: nn.Module):
-        self._block = block
-        self._scores: dict[str, list[Tensor]] = {point: [] for point in ROUTER_POINTS}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> _RouterScores:
-        for point, names in ROUTER_POINTS.items():
-            router = self._block.get_submodule(f"router_{point}")
-
-            def record(_: nn.Module, args: tuple[Tensor], point: str = point, router: Router = router) -> None:
-                self._scores[point].append(router.scores(quantize_activations(args[0].flatten(0, -2))).cpu())
-
-            self._hooks.append(self._block.get_submodule(names[0]).register_forward_pre_hook(record))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def per_linear(self) -> list[Tensor]:
-        """float32 [tokens, 3] for every linear, in the order of LINEARS."""
-        return [scores for point in ROUTER_POINTS for scores in torch.cat(self._scores[point]).unbind(1)]
+        finish_checkpoint(self.folder, self.source.path, self.source.content, quantization, files)
 
 
 def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -> None:
     """Make the folder ours: new or empty, or an earlier run with the same fingerprint."""
     state = folder / STATE_FILE
     if restart and state.is_file():
-        for path in folder.glob("block-*.safetensors"):
+        for path in (*folder.glob("block-*.safetensors"), *_work_files(folder)):
             path.unlink()
-        for name in (*_WORK_FILES, OUTER_FILE, INDEX_FILE, CONFIG_FILE, STATE_FILE):
+        for name in (OUTER_FILE, INDEX_FILE, CONFIG_FILE, STATE_FILE):
             (folder / name).unlink(missing_ok=True)
     elif state.is_file():
         try:
@@ -313,6 +326,10 @@ def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -
         raise CheckpointError(f"{folder}: expected a new or empty folder, found other files")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(state, fingerprint)
+
+
+def _work_files(folder: Path) -> list[Path]:
+    return [path for pattern in _WORK_FILES for path in folder.glob(pattern)]
 
 
 def _fingerprint(source: Source, text: str, settings: CalibrationSettings) -> dict[str, object]:

@@ -3,7 +3,7 @@
     DIR/config.json                    the Hugging Face config with `quantization_config` (mobiquant.config)
     DIR/model.safetensors.index.json   tensor name -> file; written last, so a folder without it is unfinished
     DIR/block-00000.safetensors ...    one per block: slices, norms, routers
-    DIR/outer.safetensors              embedding, head (when untied), final norm, rotary frequencies, threshold tables
+    DIR/outer.safetensors              embedding, head (when untied), final norm, rotary frequencies, static order
     DIR/tokenizer.json ...             copied from the source model
 
 Tensor names are Hugging Face module paths. A sliced matrix NAME of [rows, columns] is `NAME.codes` uint8
@@ -12,7 +12,8 @@ Tensor names are Hugging Face module paths. A sliced matrix NAME of [rows, colum
 `model.layers.N.router_POINT.` + `hidden` int8 [H, columns], `hidden_scale` and `hidden_bias` float32 [H], `head`
 float32 [L, 3, H+1], `head_bias` float32 [L, 3], `threshold` float32 [L, 3, P]. Vectors, all float32: the norms
 `model.layers.N.input_layernorm.weight`, `model.layers.N.post_attention_layernorm.weight`, `model.norm.weight`, and
-`model.rotary_emb.inv_freq` [head dimension / 2].
+`model.rotary_emb.inv_freq` [head dimension / 2]. `static_order` int32 [3 · 7 · blocks] lists linears as block · 7 +
+place in LINEARS (mobiquant.static); a checkpoint of before lacks it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ TOKENIZER_FILES = (
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
+STATIC_ORDER = "static_order"
 FINAL_NORM = "model.norm.weight"
 ROTARY_FREQUENCIES = "model.rotary_emb.inv_freq"
 BLOCK_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")

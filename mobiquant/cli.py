@@ -1,25 +1,23 @@
 """The console command `mobiquant`.
 
-Owns the flags of `calibrate` and `perplexity` and how errors and Ctrl-C end a command. The commands that run a GGUF
-file are added by runtime.cli. Heavy imports happen inside a command: the device side has no torch.
+Owns the flags of `calibrate` and how errors and Ctrl-C end a command. The commands that judge a model are added by
+mobiquant.evaluation.cli, those that run a GGUF file by runtime.commands.cli. Heavy imports happen inside a command:
+the device side has no torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
 import sys
 from pathlib import Path
 
 from mobiquant import __version__
 from mobiquant.config import CalibrationSettings
-from mobiquant.packing import SLICE_BITS, SLICE_COUNT
-from mobiquant.scoring import RULES, format_result
 from mobiquant.text import read_text
+from mobiquant.torch_setup import prepare_torch
+from runtime.errors import MobiQuantError
 
 _DEMO_TEXT = Path(__file__).parent / "demo" / "calibration.txt"
-_DEPTH_BITS = tuple(SLICE_BITS * depth for depth in range(1, SLICE_COUNT + 1))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,13 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
-    except (ValueError, OSError) as error:
+    except (ImportError, MobiQuantError, OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from runtime.cli import add_commands
+    from mobiquant.evaluation import cli as evaluation_cli
+    from runtime.commands import cli as runtime_cli
 
     parser = argparse.ArgumentParser(
         prog="mobiquant", description="Run language models at any average precision from 2 to 8 bits, from one file."
@@ -46,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mobiquant {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_calibrate(subparsers)
-    _add_perplexity(subparsers)
-    add_commands(subparsers)
+    evaluation_cli.add_commands(subparsers)
+    runtime_cli.add_commands(subparsers)
     return parser
 
 
@@ -83,28 +82,8 @@ def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(func=_calibrate)
 
 
-def _add_perplexity(subparsers: argparse._SubParsersAction) -> None:
-    parser = subparsers.add_parser(
-        "perplexity",
-        help="score a model on a text",
-        description="Perplexity of a .gguf file with this runtime, or of a checkpoint or model folder with torch.",
-    )
-    parser.add_argument("-m", "--model", type=Path, required=True, metavar="X", help="a .gguf file or a folder")
-    parser.add_argument("-f", "--file", type=Path, required=True, metavar="TEXT", help="the text to score")
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--bits", type=int, choices=_DEPTH_BITS, help="one depth for all tokens (default: full)")
-    precision.add_argument("--avg-bits", type=float, metavar="A", help="routed: average bits per weight, 2 to 8")
-    parser.add_argument("--rule", choices=RULES, default=RULES[0], help="which tokens are scored (%(default)s)")
-    parser.add_argument("--windows", type=int, metavar="N", help="score the first N windows only")
-    parser.add_argument("-c", "--ctx-size", type=int, metavar="N", help="tokens of a window (default: the rule's)")
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: one per physical core)")
-    parser.add_argument("--reference", type=Path, metavar="DIR", help="full-precision folder: adds kld and top1")
-    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="(%(default)s)")
-    parser.set_defaults(func=_perplexity)
-
-
 def _calibrate(args: argparse.Namespace) -> int:
-    _prepare_torch()
+    prepare_torch()
     from mobiquant.calibrate import calibrate
     from mobiquant.source import open_source
 
@@ -129,37 +108,3 @@ def _calibrate(args: argparse.Namespace) -> int:
         return 130
     print(f"{args.output}: calibrated; next: python -m export.to_gguf {args.output} -o FILE.gguf")
     return 0
-
-
-def _perplexity(args: argparse.Namespace) -> int:
-    if args.windows is not None and args.windows < 1:
-        raise ValueError(f"--windows: expected at least 1, found {args.windows}")
-    if args.ctx_size is not None and args.ctx_size < 4:
-        raise ValueError(f"--ctx-size: expected at least 4, found {args.ctx_size}")
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads: expected at least 1, found {args.threads}")
-    if not args.model.is_dir():
-        from runtime.cli import perplexity
-
-        return perplexity(args)
-    _prepare_torch()
-    import torch
-
-    from mobiquant.evaluate import Evaluation, evaluate
-
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-
-    depth = args.bits // SLICE_BITS if args.bits else None
-    evaluation = Evaluation(args.rule, depth, args.avg_bits, args.windows, args.ctx_size)
-    result = evaluate(args.model, read_text(args.file), evaluation, args.reference)
-    print(format_result(result, args.output))
-    return 0
-
-
-def _prepare_torch() -> None:
-    """Check that torch is there, and set what must be set before it is imported."""
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "safetensors", "tqdm")):
-        raise ValueError("torch or its companions are not installed: pip install 'mobiquant[calibrate]'")
-    # Threads that wait in busy loops make a step fifty times slower as soon as another process wants one of the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -34,10 +34,10 @@ class CalibrationSettings:
     seq_len: tokens per window, None means the model's context, at most 2048;
     batch: windows per step; clip_lr, router_lr: AdamW step sizes; lambda_bits: weight of (average bits - target)²
     in the routed loss; distill_steps: training steps of the base slice in recipe best; distill_batch: windows per such
-    step; device: where the current block lives, or the whole model while it is distilled.
+    step; device: where the current block lives, or the whole model where recipe best can hold it.
     """
 
-    recipe: str = "paper"
+    recipe: str = "best"
     samples: int = 128
     seq_len: int | None = None
     epochs: int = 20

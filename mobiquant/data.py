@@ -17,10 +17,14 @@ _MIN_HELD_OUT = 16
 
 @dataclass(frozen=True)
 class CalibrationWindows:
-    """training: int64 [samples, seq_len]; held_out: int64 [at least 16, seq_len]; the first token is begin-of-text."""
+    """training: int64 [samples, seq_len]; held_out: int64 [at least 16, seq_len]; the first token is begin-of-text.
+
+    distinct: after so many training windows they begin to repeat.
+    """
 
     training: np.ndarray
     held_out: np.ndarray
+    distinct: int
 
 
 def calibration_windows(
@@ -43,6 +47,7 @@ def calibration_windows(
     return CalibrationWindows(
         training=_draw(windows[~held_out], samples, random),
         held_out=_draw(windows[held_out], max(_MIN_HELD_OUT, samples // _HELD_OUT_EVERY), random),
+        distinct=int((~held_out).sum()),
     )
 
 

@@ -5,6 +5,7 @@ The precision in use is shared by all layers of a model through one `Precision`,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,19 +15,21 @@ from mobiquant.activations import Activations, quantize_activations
 from mobiquant.arithmetic import fma
 from mobiquant.packing import GROUP_SIZE, SLICE_BITS, SLICE_COUNT
 from mobiquant.router import Router
-from mobiquant.slices import SlicedWeight, split_groups
+from mobiquant.slices import SlicedWeight, split_groups, unslice_weight
 
 
 @dataclass
 class Precision:
-    """How many slices the routed linears read: `depth` for every token, or, when it is None, the routers at
-    `average_bits`. budgets: the average bits of the threshold tables. recorded: per block and linear the depths of the
-    last forward pass, uint8 [tokens]."""
+    """How many slices the routed linears read: `depth` for every token, one for all or one per block and linear; when
+    it is None, what the routers give at `average_bits`. budgets: the average bits of the threshold tables. recorded:
+    per block and linear the depths of the last forward pass, uint8 [tokens]. exact: products in the runtime's order of
+    sums; without it one matrix product, much faster, and equal to rounding."""
 
     budgets: tuple[float, ...]
-    depth: int | None = SLICE_COUNT
+    depth: int | Mapping[tuple[int, int], int] | None = SLICE_COUNT
     average_bits: float = float(SLICE_BITS * SLICE_COUNT)
     recorded: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    exact: bool = True
 
 
 class SliceLinear(nn.Module):
@@ -42,6 +45,9 @@ class SliceLinear(nn.Module):
         self.register_buffer("codes", sliced.codes)
         self.register_buffer("scales", sliced.scales)
         self.register_buffer("offsets", sliced.offsets)
+
+    def sliced(self) -> SlicedWeight:
+        return SlicedWeight(self.codes, self.scales, self.offsets)
 
     def forward(self, x: Tensor) -> Tensor:
         activations = quantize_activations(x.reshape(-1, self.columns))
@@ -81,13 +87,18 @@ class RoutedLinear(SliceLinear):
         result = torch.empty(len(depths), self.rows, device=x.device)
         for depth in depths.unique().tolist():
             tokens = depths == depth
-            result[tokens] = self.multiply(activations.select(tokens), depth)
+            chosen = activations.select(tokens)
+            if self._precision.exact:
+                result[tokens] = self.multiply(chosen, depth)
+            else:
+                result[tokens] = chosen.dequantized() @ unslice_weight(self.sliced(), depth).T
         return result.reshape(*x.shape[:-1], self.rows)
 
     def _depths(self, x: Activations) -> Tensor:
         precision = self._precision
         if precision.depth is not None:
-            return torch.full((len(x.codes),), precision.depth, dtype=torch.uint8, device=x.codes.device)
+            depth = precision.depth if isinstance(precision.depth, int) else precision.depth[self._place]
+            return torch.full((len(x.codes),), depth, dtype=torch.uint8, device=x.codes.device)
         router, head = self._routing
         return router.depths(x, precision.average_bits, precision.budgets)[:, head]
 

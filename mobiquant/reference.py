@@ -1,12 +1,12 @@
 """The reference model: a calibrated checkpoint run in torch with the runtime's arithmetic, bit for bit.
 
-This is the second, independent statement of what docs/format.md says; tests compare the C runtime with it. No KV cache:
-a call sees one whole sequence.
+This is the second, independent statement of what docs/format.md says; tests compare the C runtime with it. A call sees
+one whole sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +16,19 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from mobiquant.arithmetic import causal_attention, rms_norm, rope_tables, rotate, silu_times
-from mobiquant.checkpoint import EMBEDDING, FINAL_NORM, HEAD, LINEARS, ROTARY_FREQUENCIES, open_checkpoint
+from mobiquant.checkpoint import EMBEDDING, FINAL_NORM, HEAD, LINEARS, ROTARY_FREQUENCIES, STATIC_ORDER, open_checkpoint
+from mobiquant.correction import RunningCorrection
 from mobiquant.linear import Precision, SliceEmbedding, SliceLinear
 from mobiquant.models import linear_shapes, load_block, load_slices, parse_config
 from mobiquant.packing import SLICE_BITS, SLICE_COUNT
+from mobiquant.static import RAISES, static_depths
 
 
 class ReferenceModel:
     """tokens -> logits at any depth or average bits; starts at full depth.
 
-    exact: attention in the runtime's order of sums, so that the logits are the runtime's. Without it torch's own
-    attention is used: many times faster on long windows, and as good, but equal to rounding only.
+    exact: products and attention in the runtime's order of sums, so that the logits are the runtime's. Without it
+    torch's own are used: many times faster, and as good, but equal to rounding only.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class ReferenceModel:
         norm: Tensor,
         head: SliceLinear,
         inverse_frequencies: Tensor,
+        static_order: np.ndarray | None,
         exact: bool,
     ) -> None:
         self.config = config
@@ -48,10 +51,12 @@ class ReferenceModel:
         self._head = head
         self._default_output_depth = head.depth
         self._inverse_frequencies = inverse_frequencies
+        self._static_order = static_order
         self._exact = exact
+        self._average_bits = float(SLICE_BITS * SLICE_COUNT)
+        self._depths: list[np.ndarray] = []
         self._scale = float(np.float32(1.0) / np.sqrt(np.float32(config.head_dim)))
-        sizes = np.array([rows * columns for rows, columns in linear_shapes(config).values()])
-        self._weight_shares = sizes / sizes.sum()
+        self._sizes = np.array([rows * columns for rows, columns in linear_shapes(config).values()])
 
     def set_depth(self, depth: int) -> None:
         """One depth, 1..4, for every token and routed linear."""
@@ -60,10 +65,18 @@ class ReferenceModel:
         self._precision.depth = depth
 
     def set_average_bits(self, bits: float) -> None:
-        """Routed: average bits per routed weight, 2..8."""
-        if not SLICE_BITS <= bits <= SLICE_BITS * SLICE_COUNT:
-            raise ValueError(f"average bits: expected {SLICE_BITS}..{SLICE_BITS * SLICE_COUNT}, found {bits}")
-        self._precision.depth, self._precision.average_bits = None, float(bits)
+        """Routed: average bits per routed weight, 2..8, held by the running correction."""
+        _check_bits("average bits", bits)
+        self._precision.depth, self._average_bits = None, float(bits)
+
+    def set_static_bits(self, bits: float) -> None:
+        """One depth per linear, 2..8 bits on average. Raises ValueError when the checkpoint has no static order."""
+        _check_bits("static bits", bits)
+        if self._static_order is None:
+            raise ValueError(f"static bits: expected tensor {STATIC_ORDER} in the checkpoint, found nothing")
+        depths = static_depths(self._static_order, np.tile(self._sizes, len(self._blocks)), bits)
+        places = ((block, linear) for block in range(len(self._blocks)) for linear in range(len(LINEARS)))
+        self._precision.depth = dict(zip(places, depths.tolist(), strict=True))
 
     def set_output_depth(self, depth: int) -> None:
         """Depth of the output head, 1..4; 0: the checkpoint's default."""
@@ -74,27 +87,53 @@ class ReferenceModel:
     @property
     def depths(self) -> np.ndarray:
         """Depths read by the last call: uint8 [tokens, blocks, 7], linears in the order of LINEARS."""
-        recorded = self._precision.recorded
-        blocks = range(len(self._blocks))
-        stacked = torch.stack([torch.stack([recorded[b, i] for i in range(len(LINEARS))], 1) for b in blocks], 1)
-        return stacked.cpu().numpy()
+        return np.concatenate(self._depths)
 
     @property
     def bits_read(self) -> float:
         """Average bits per routed weight of the last call."""
-        return float(SLICE_BITS * (self.depths.mean(axis=(0, 1)) @ self._weight_shares))
+        depths = self.depths
+        read = SLICE_BITS * (depths.sum(axis=(0, 1), dtype=np.int64) @ self._sizes)
+        return float(read) / (float(self._sizes.sum() * len(self._blocks)) * len(depths))
 
     @torch.no_grad()
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """float32 [n, vocab] for tokens int [n]."""
-        x = self._embedding(torch.from_numpy(tokens.astype(np.int64)).to(self._norm.device))
-        tables = rope_tables(self._inverse_frequencies, len(tokens))
-        for block in self._blocks:
-            x = self._run_block(block, x, *tables)
-        return self._head(rms_norm(x, self._norm, self.config.rms_norm_eps)).cpu().numpy()
+        embedded = self._embedding(torch.from_numpy(tokens.astype(np.int64)).to(self._norm.device))
+        caches = [_Cache() for _ in self._blocks]
+        outputs: list[Tensor] = []
+        self._depths = []
+        for begin, end in self._stretches(len(tokens)):
+            x = embedded[begin:end]
+            cosine, sine = (table[begin:end] for table in rope_tables(self._inverse_frequencies, end))
+            for block, cache in zip(self._blocks, caches, strict=True):
+                x = self._run_block(block, x, cosine, sine, cache)
+            outputs.append(x)
+            self._depths.append(self._recorded())
+        return self._head(rms_norm(torch.cat(outputs), self._norm, self.config.rms_norm_eps)).cpu().numpy()
 
-    def _run_block(self, block: nn.Module, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """One decoder block on the residual stream x, float32 [tokens, width]."""
+    def _stretches(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """(begin, end) of the tokens to run next, with the precision set for them; reads what they took afterwards."""
+        if self._precision.depth is not None:
+            yield 0, tokens
+            return
+        correction, begin = RunningCorrection(self._average_bits), 0
+        while begin < tokens:
+            end = tokens if correction.end is None else min(tokens, correction.end)
+            self._precision.average_bits = correction.bits
+            yield begin, end
+            begin = end
+            if begin == correction.end:
+                correction.finish_stretch(self.bits_read)
+
+    def _recorded(self) -> np.ndarray:
+        """Depths of the tokens that ran last, as in `depths`."""
+        recorded, blocks = self._precision.recorded, range(len(self._blocks))
+        stacked = torch.stack([torch.stack([recorded[b, i] for i in range(len(LINEARS))], 1) for b in blocks], 1)
+        return stacked.cpu().numpy()
+
+    def _run_block(self, block: nn.Module, x: Tensor, cosine: Tensor, sine: Tensor, cache: _Cache) -> Tensor:
+        """One decoder block on the residual stream x, float32 [tokens, width], after the tokens in `cache`."""
         attention, mlp = block.self_attn, block.mlp
         normed = rms_norm(x, block.input_layernorm.weight, self.config.rms_norm_eps)
         query, key, value = (
@@ -102,9 +141,8 @@ class ReferenceModel:
             for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
-        # The runtime's KV cache is float16.
         shared = query.shape[0] // key.shape[0]
-        key, value = (cached.half().float().repeat_interleave(shared, dim=0) for cached in (key, value))
+        key, value = (cached.repeat_interleave(shared, dim=0) for cached in cache.extend(key, value))
         x = x + attention.o_proj(self._attend(query, key, value).transpose(0, 1).flatten(1))
         normed = rms_norm(x, block.post_attention_layernorm.weight, self.config.rms_norm_eps)
         return x + mlp.down_proj(silu_times(mlp.gate_proj(normed), mlp.up_proj(normed)))
@@ -112,8 +150,28 @@ class ReferenceModel:
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._exact:
             return causal_attention(query, key, value, self._scale)
+        seen = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
+        seen = seen.tril(key.shape[1] - query.shape[1])
         batch = (part.unsqueeze(0) for part in (query, key, value))
-        return functional.scaled_dot_product_attention(*batch, is_causal=True, scale=self._scale).squeeze(0)
+        return functional.scaled_dot_product_attention(*batch, attn_mask=seen, scale=self._scale).squeeze(0)
+
+
+class _Cache:
+    """Keys and values of one block so far, float16 as in the runtime: [kv heads, positions, head_dim]."""
+
+    def __init__(self) -> None:
+        self._parts: tuple[Tensor, ...] = ()
+
+    def extend(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Append keys and values of new tokens, float32; returns all of them, float32."""
+        new = tuple(part.half() for part in parts)
+        self._parts = tuple(torch.cat(pair, 1) for pair in zip(self._parts, new, strict=True)) if self._parts else new
+        return tuple(part.float() for part in self._parts)
+
+
+def _check_bits(name: str, bits: float) -> None:
+    if not SLICE_BITS <= bits <= SLICE_BITS * SLICE_COUNT:
+        raise ValueError(f"{name}: expected {SLICE_BITS}..{SLICE_BITS * SLICE_COUNT}, found {bits}")
 
 
 def open_reference(path: Path | str, device: str = "cpu", *, exact: bool = True) -> ReferenceModel:
@@ -121,7 +179,7 @@ def open_reference(path: Path | str, device: str = "cpu", *, exact: bool = True)
     checkpoint = open_checkpoint(path)
     config = parse_config(checkpoint.config, checkpoint.path)
     quantization, read = checkpoint.quantization, checkpoint.tensor
-    precision = Precision(quantization.router.budgets)
+    precision = Precision(quantization.router.budgets, exact=exact)
     blocks = [
         load_block(read, config, index, quantization.router.hidden_size, precision).to(device)
         for index in range(config.num_hidden_layers)
@@ -131,6 +189,9 @@ def open_reference(path: Path | str, device: str = "cpu", *, exact: bool = True)
     output = embedding if tied else load_slices(read, HEAD, config.vocab_size, config.hidden_size)
     norm = torch.from_numpy(read(FINAL_NORM, np.float32, (config.hidden_size,)))
     frequencies = torch.from_numpy(read(ROTARY_FREQUENCIES, np.float32, (config.head_dim // 2,)))
+    order = None
+    if checkpoint.has(STATIC_ORDER):
+        order = read(STATIC_ORDER, np.int32, (RAISES * len(LINEARS) * config.num_hidden_layers,))
     return ReferenceModel(
         config,
         precision,
@@ -139,5 +200,6 @@ def open_reference(path: Path | str, device: str = "cpu", *, exact: bool = True)
         norm.to(device),
         SliceLinear(output, quantization.output_depth).to(device),
         frequencies.to(device),
+        order,
         exact,
     )

@@ -97,6 +97,17 @@ class TrainableRouter(nn.Module):
         self.head = nn.Parameter(head)
         self.head_bias = nn.Parameter(torch.zeros(linears, RESIDUALS))
 
+    @classmethod
+    def thaw(cls, router: Router) -> TrainableRouter:
+        """Inverse of `freeze`."""
+        (hidden_size, columns), (linears, _) = router.hidden.shape, router.head_bias.shape
+        result = cls(columns, linears, hidden_size, torch.Generator())
+        with torch.no_grad():
+            result.hidden.copy_(router.hidden.float() * router.hidden_scale[:, None])
+            for name in ("hidden_bias", "head", "head_bias"):
+                getattr(result, name).copy_(getattr(router, name))
+        return result
+
     def forward(self, x: Tensor) -> Tensor:
         """Scores float32 [tokens, L, 3] of inputs float32 [tokens, columns]."""
         codes, scale = self._hidden_codes()
@@ -133,48 +144,24 @@ def straight_through_gates(scores: Tensor, cut: float, temperature: float) -> Te
 
 
 def spending_cut(scores: Sequence[Tensor], weights: Sequence[int], bits: float) -> float:
-    """The cut at which linears with `scores`, each [tokens, 3], and numbers of `weights` read `bits` on average."""
-    values, shares = _spending(scores, weights)
-    order = np.argsort(-values, kind="stable")
-    return _cut(values[order], shares[order].cumsum(), bits)
-
-
-def budget_cuts(scores_at: Sequence[Sequence[Tensor]], weights: Sequence[int], budgets: Sequence[float]) -> np.ndarray:
-    """The cut through all scores that spends each budget: float32 [P], descending.
-
-    scores_at[D-1][l]: float32 [tokens, 3], scores of linear l on held-out text when everything before ran at depth D.
-    weights[l]: weights of linear l. A budget between 2D and 2D+2 bits mixes the scores at depths D and D+1.
-    """
-    per_depth = [_spending(linears, weights) for linears in scores_at]
-    lowest = min(float(scores.min()) for linears in scores_at for scores in linears)
-    highest = max(float(scores.max()) for linears in scores_at for scores in linears)
-    # The ends must be safely outside in float32, whatever the scores' size.
-    margin = 1e-3 * max(1.0, abs(lowest), abs(highest))
-    cuts = np.empty(len(budgets))
-    for depth in range(1, SLICE_COUNT):
-        (low_values, low_shares), (high_values, high_shares) = per_depth[depth - 1], per_depth[depth]
-        values = np.concatenate((low_values, high_values))
-        order = np.argsort(-values, kind="stable")
-        for index, bits in enumerate(budgets):
-            part = bits / SLICE_BITS - depth
-            if 0 <= part <= 1:
-                shares = np.concatenate((low_shares * (1 - part), high_shares * part))
-                cuts[index] = _cut(values[order], shares[order].cumsum(), bits)
-    cuts[0], cuts[-1] = highest + margin, lowest - margin
-    return np.minimum.accumulate(cuts).astype(np.float32)
-
-
-def _spending(scores: Sequence[Tensor], weights: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(values, shares): a slice is read when its value is above the cut, and then spends its share.
+    """The cut at which linears with `scores`, each [tokens, 3], and numbers of `weights` read `bits` on average.
 
     Slice e is read when no score up to e is at or below the cut, so the running minimum decides.
     """
-    values = [linear.cummin(-1).values.flatten().cpu().numpy() for linear in scores]
-    shares = [np.full(len(value), weight / len(value)) for value, weight in zip(values, weights, strict=True)]
-    return np.concatenate(values), np.concatenate(shares)
-
-
-def _cut(values: np.ndarray, spent: np.ndarray, bits: float) -> float:
-    """values: descending; spent: running sum of their shares."""
+    values = np.concatenate([linear.cummin(-1).values.flatten().cpu().numpy() for linear in scores])
+    counts = [linear.numel() for linear in scores]
+    shares = np.repeat(np.divide(weights, counts), counts)
+    order = np.argsort(-values, kind="stable")
+    spent = shares[order].cumsum()
     asked = (bits - SLICE_BITS) / (SLICE_BITS * RESIDUALS) * spent[-1]
-    return float(values[min(int(np.searchsorted(spent, asked)), len(values) - 1)])
+    return float(values[order][min(int(np.searchsorted(spent, asked)), len(values) - 1)])
+
+
+def expected_gains(scores_at: Sequence[Sequence[Tensor]]) -> np.ndarray:
+    """Gain per bit that the routers expect of each residual slice, averaged over tokens: float64 [L, 3].
+
+    scores_at[D-1][l]: float32 [tokens, 3], scores of linear l on held-out text when everything before ran at depth D.
+    Slice e is judged on inputs from blocks at depth e-1, from where it would be added.
+    """
+    scores = [[linear[:, index] for linear in scores_at[index]] for index in range(RESIDUALS)]
+    return np.array([[values.double().exp2().mean().item() for values in linears] for linears in scores]).T

@@ -1,37 +1,54 @@
 """`Model`: one opened file with its cache, evaluated at any average precision; the door of the runtime.
 
-Owns the policy over the C library: budgets, reuse of the cache between prompts, pieces of a long prompt. Text
-completion is in runtime.completion, the choice of a token in runtime.sampling.
+Owns the policy over the C library: budgets, reuse of the cache between prompts, pieces of a long prompt. What is made
+of its tokens is in other files: text in runtime.generation, results in runtime.completion, the choice of a token in
+runtime.sampling.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from export.keys import KEY_ADD_BOS, KEY_BOS_TOKEN, KEY_CHAT_TEMPLATE, KEY_EOS_TOKENS, KEY_NAME, KEY_TOKENIZER
 from runtime.budget import DEPTH_BITS, Budget, depth_of
-from runtime.completion import create_completion
+from runtime.chat import ChatTemplate
+from runtime.completion import create_chat_completion, create_completion
 from runtime.cpu import physical_cores
 from runtime.errors import MobiQuantError
+from runtime.generation import LogitsProcessor
 from runtime.native import ModelInfo, NativeModel, NativeSession, Stats
 from runtime.sampling import Sampler, SamplingSettings
+from runtime.state import SavedSession
 from runtime.tokens import Tokenizer
 
 
+@dataclass(frozen=True)
+class _SessionOptions:
+    """What a session is opened with, see Model."""
+
+    n_ctx: int
+    n_threads: int
+    n_batch: int
+    kernel: str | None
+
+
 class Model:
-    """A MoBiQuant file ready to run.
+    """A MoBiQuant file ready to run. One thread at a time may use it; `fork` gives another thread its own.
 
     path: the GGUF file.
     n_ctx: tokens the cache holds, 0 for the model's context. n_batch: prompt tokens computed together.
     n_threads: None for one per physical core. kernel: kernels to use, None for $MOBIQUANT_KERNEL or the CPU's best.
     bits: one precision for every token, 2, 4, 6 or 8. avg_bits: an average from 2 to 8, tokens routed one by one.
+    bits="static:X": an average from 2 to 8 with one depth per linear, the same for every token.
     Give one of the two, or neither for the highest precision in the file.
     output_bits: 2, 4, 6 or 8 for the output head, None for the file's default.
     allow_partial: accept a file cut after its last base slice. mmap: map the file instead of reading it.
@@ -48,7 +65,7 @@ class Model:
         n_threads: int | None = None,
         n_batch: int = 512,
         kernel: str | None = None,
-        bits: int | None = None,
+        bits: int | str | None = None,
         avg_bits: float | None = None,
         output_bits: int | None = None,
         allow_partial: bool = False,
@@ -60,35 +77,88 @@ class Model:
         budget = Budget.requested(bits, avg_bits)
         self.path = Path(path)
         self.seed = seed
-        self._n_batch = n_batch
-        self._native = NativeModel(self.path, allow_partial=allow_partial, mmap=mmap)
-        try:
-            self.info: ModelInfo = self._native.info()
-            self._session = NativeSession(
-                self._native,
-                n_ctx=n_ctx,
-                n_threads=physical_cores() if n_threads is None else n_threads,
-                n_batch=n_batch,
-                kernel=kernel or os.environ.get("MOBIQUANT_KERNEL") or None,
-            )
-        except BaseException:
-            self._native.close()
-            raise
-        # Tokens in the cache, each with the budget it was computed at.
-        self._history: list[tuple[int, Budget]] = []
-        self._logits: np.ndarray | None = None
+        options = _SessionOptions(
+            n_ctx,
+            physical_cores() if n_threads is None else n_threads,
+            n_batch,
+            kernel or os.environ.get("MOBIQUANT_KERNEL") or None,
+        )
+        self._open_session(NativeModel(self.path, allow_partial=allow_partial, mmap=mmap), options)
         try:
             self.budget = budget or Budget(2 * self.info.max_depth, routed=False)
-            if output_bits is not None:
-                self._session.set_output_depth(depth_of(output_bits, "output_bits"))
+            self.output_bits = output_bits
         except BaseException:
             self.close()
             raise
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        filename: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        **options: Any,
+    ) -> Model:
+        """Download a file of the Hugging Face hub, or take it from the cache, and open it.
+
+        repo_id: "user/model". filename: the GGUF file in it, needed when there are several. options: as of Model.
+        Needs `pip install 'mobiquant[hub]'`. Raises as Model and as runtime.hub.download.
+        """
+        from runtime.hub import download
+
+        return cls(download(repo_id, filename, revision=revision, cache_dir=cache_dir), **options)
+
+    def _open_session(self, native: NativeModel, options: _SessionOptions) -> None:
+        self._native = native.retain()
+        self._options = options
+        try:
+            self.info: ModelInfo = native.info()
+            self._session = NativeSession(
+                native,
+                n_ctx=options.n_ctx,
+                n_threads=options.n_threads,
+                n_batch=options.n_batch,
+                kernel=options.kernel,
+            )
+        except BaseException:
+            native.release()
+            raise
+        self._closed = False
+        # Tokens in the cache, each with the budget it was computed at.
+        self._history: list[tuple[int, Budget]] = []
+        self._logits: np.ndarray | None = None
+
+    def fork(self, *, n_threads: int | None = None, empty: bool = False) -> Model:
+        """Another session of the same opened file, to be used by another thread and closed by itself.
+
+        It starts with a copy of this one's cache, or with none when `empty`, and with the same precision. n_threads:
+        None for as many as this one has. Raises MobiQuantError when this session is in use by another thread.
+        """
+        other = object.__new__(type(self))
+        other.path, other.seed = self.path, self.seed
+        threads = self._options.n_threads if n_threads is None else n_threads
+        other._open_session(self._native, replace(self._options, n_threads=threads))
+        try:
+            other.tokenizer, other.budget, other.output_bits = self.tokenizer, self.budget, self.output_bits
+            if not empty:
+                other._session.set_state(self._session.state())
+                other._history = list(self._history)
+                other._logits = self._logits
+        except BaseException:
+            other.close()
+            raise
+        return other
+
     def close(self) -> None:
-        """Free the cache and release the file. Closing twice is allowed."""
-        self._session.close()
-        self._native.close()
+        """Free the cache; the file is released with the last of its forks. Closing twice is allowed."""
+        if not self._closed:
+            self._closed = True
+            if "chat" in self.__dict__:
+                self.chat.close()
+            self._session.close()
+            self._native.release()
 
     def __enter__(self) -> Model:
         return self
@@ -122,6 +192,11 @@ class Model:
         """The file's chat template (Jinja), None when it has none."""
         return self._native.string(KEY_CHAT_TEMPLATE)
 
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """What lays out conversations: the file's chat template, or a plain dialogue when it has none."""
+        return ChatTemplate(self.chat_template, self.tokenizer)
+
     @property
     def kernel(self) -> str:
         """Name of the kernels in use."""
@@ -143,15 +218,16 @@ class Model:
         return self._session.stats
 
     @property
-    def bits(self) -> int | float:
-        """The precision from the next token on: an int is one for every token, a float an average that is routed.
+    def bits(self) -> int | float | str:
+        """The precision from the next token on: an int is one for every token, a float an average that is routed,
+        "static:X" an average with one depth per linear.
 
         Set it at any time, also during a generation: `model.bits = 4` or `model.bits = 3.5`. Raises ValueError.
         """
-        return self._budget.bits if self._budget.routed else int(self._budget.bits)
+        return self._budget.value
 
     @bits.setter
-    def bits(self, value: int | float) -> None:
+    def bits(self, value: int | float | str) -> None:
         self.budget = Budget.of(value)
 
     @property
@@ -164,11 +240,19 @@ class Model:
         most = DEPTH_BITS[self.info.max_depth - 1]
         if budget.bits > most:
             raise ValueError(f"bits: expected at most {most}, what {self.path} holds, found {budget.bits:g}")
-        if budget.routed:
-            self._session.set_average_bits(budget.bits)
-        else:
-            self._session.set_depth(budget.depth)
+        budget.apply(self._session)
         self._budget = budget
+
+    @property
+    def output_bits(self) -> int:
+        """The precision of the output head: 2, 4, 6 or 8; set None for the file's default. Raises ValueError."""
+        return 2 * self._output_depth
+
+    @output_bits.setter
+    def output_bits(self, bits: int | None) -> None:
+        depth = self.info.output_depth if bits is None else depth_of(bits, "output_bits")
+        self._session.set_output_depth(depth)
+        self._output_depth = depth
 
     def tokenize(self, text: str | bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of `text`, see runtime.tokens.Tokenizer.encode."""
@@ -181,6 +265,19 @@ class Model:
     def reset(self) -> None:
         """Forget all tokens."""
         self._rewind(0)
+
+    def reuse(self, tokens: Sequence[int], *, any_budget: bool = False) -> int:
+        """Keep of the cache what begins `tokens` and was computed at the present budget, or `any_budget`.
+
+        Forgets the rest. Returns how many tokens are kept: never the last, which is computed again for its logits.
+        """
+        count = 0
+        for token, (cached, budget) in zip(tokens[:-1], self._history, strict=False):
+            if token != cached or not (any_budget or budget == self._budget):
+                break
+            count += 1
+        self._rewind(count)
+        return count
 
     def eval(self, tokens: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Evaluate tokens after those in the cache.
@@ -198,14 +295,26 @@ class Model:
                 f"context: expected at most {self.n_ctx} tokens{used}, found {len(ids)} to add", "MQ_ERR_CONTEXT_FULL"
             )
         logits = np.empty((len(ids) if all_logits else 1, self.info.vocab_size), np.float32)
-        for start in range(0, len(ids), self._n_batch):
-            piece = ids[start : start + self._n_batch]
+        for start, piece in self._pieces(ids):
             end = start + len(piece)
-            wanted = logits[start:end] if all_logits else logits[: int(end == len(ids))]
-            self._session.eval(piece, wanted)
-            self._history += ((token, self._budget) for token in piece.tolist())
+            self._eval_piece(piece, logits[start:end] if all_logits else logits[: int(end == len(ids))])
         self._logits = logits[-1]
         return logits if all_logits else logits[-1]
+
+    def _pieces(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        for start in range(0, len(ids), self._options.n_batch):
+            yield start, ids[start : start + self._options.n_batch]
+
+    def _eval_piece(self, piece: np.ndarray, output: np.ndarray, *, hidden: bool = False) -> None:
+        self._history += ((token, self._budget) for token in piece.tolist())
+        try:
+            (self._session.eval_hidden if hidden else self._session.eval)(piece, output)
+        finally:  # an error, or Ctrl-C
+            del self._history[self.position :]
+
+    @property
+    def _no_logits(self) -> np.ndarray:
+        return np.empty((0, self.info.vocab_size), np.float32)
 
     @property
     def logits(self) -> np.ndarray:
@@ -219,18 +328,89 @@ class Model:
         output, gate, up, down."""
         return self._session.depths(first, n)
 
-    def generate(self, tokens: Sequence[int], sampling: SamplingSettings | None = None) -> Iterator[int]:
+    def average_bits(self, depths: np.ndarray) -> np.ndarray:
+        """Average bits per weight that tokens read, float64 [n], from their depths [n, blocks, 7]."""
+        total = depths.shape[1] * self._linear_sizes.sum()
+        return 2 * (depths.sum(axis=1, dtype=np.int64) @ self._linear_sizes) / total
+
+    @cached_property
+    def _linear_sizes(self) -> np.ndarray:
+        """Weights of the seven linears of a block, int64 [7]."""
+        info = self.info
+        heads, heads_kv = info.head_count * info.head_dim, info.head_count_kv * info.head_dim
+        outside = [heads, heads_kv, heads_kv, heads, *(3 * [info.feed_forward_length])]
+        return np.array(outside, np.int64) * info.embedding_length
+
+    def embed(self, text: str | bytes | Sequence[int], *, pooling: str = "mean", normalize: bool = True) -> np.ndarray:
+        """The hidden states of `text`, or of token ids, after the final norm, in an empty cache.
+
+        pooling: "mean" or "last" for one vector, float32 [width]; "none" for one per token, [n, width]. normalize: to
+        length 1. Raises ValueError for another pooling and for no tokens, MobiQuantError as `eval`.
+        """
+        if pooling not in ("mean", "last", "none"):
+            raise ValueError(f"pooling: expected mean, last or none, found {pooling!r}")
+        ids = np.array(self.tokenize(text) if isinstance(text, str | bytes) else text, np.int32)
+        if not len(ids):
+            raise ValueError("embed: expected at least one token, found none")
+        self.reset()
+        hidden = np.empty((len(ids), self.info.embedding_length), np.float32)
+        for start, piece in self._pieces(ids):
+            self._eval_piece(piece, hidden[start : start + len(piece)], hidden=True)
+        vectors = hidden if pooling == "none" else hidden[-1] if pooling == "last" else hidden.mean(axis=0)
+        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True) if normalize else vectors
+
+    def save_state(self) -> bytes:
+        """The cache with its tokens, for `load_state` of a model opened from the same file."""
+        return SavedSession(self._history, self._session.state()).pack()
+
+    def load_state(self, state: bytes | bytearray | memoryview) -> None:
+        """Continue where `save_state` was called. Everything is checked before the cache changes.
+
+        Raises ValueError for bytes that are no saved session, MobiQuantError when the cache in them is damaged, belongs
+        to another file or does not fit in the context.
+        """
+        saved = SavedSession.unpack(state)
+        self._session.set_state(saved.cache)
+        self._history, self._logits = list(saved.history), None
+        if self.position != len(saved.history):
+            found = f"{self.position} in the cache and {len(saved.history)} in its header"
+            self.reset()
+            raise ValueError(f"saved session: expected one number of tokens, found {found}")
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        sampling: SamplingSettings | None = None,
+        *,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        keep_cache: bool = False,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Iterator[int]:
         """Token ids that continue `tokens`, up to and including an end token or until the context is full.
 
-        What the cache already holds of `tokens`, computed at the present budget, is not computed again.
-        Raises as `eval` does.
+        What the cache already holds of `tokens`, computed at the present budget, is not computed again; with
+        `keep_cache`, whatever budget it was computed at. logits_processors: each gets the tokens so far, int64 [n], and
+        the logits, float32 [vocab], and returns logits. cancelled: asked between tokens and between pieces of the
+        prompt; when true the generation ends. Raises as `eval` does.
         """
         sampler = Sampler(sampling or SamplingSettings(seed=self.seed))
         sequence = [int(token) for token in tokens]
-        self._rewind(self._reusable(sequence))
-        pending = sequence[self.position :]
+        if len(sequence) > self.n_ctx:
+            raise MobiQuantError(
+                f"prompt: expected at most {self.n_ctx} tokens, the context, found {len(sequence)}",
+                "MQ_ERR_CONTEXT_FULL",
+            )
+        pending = sequence[self.reuse(sequence, any_budget=keep_cache) :]
         while True:
-            token = sampler.sample(self.eval(pending), sequence)
+            while len(pending) > self._options.n_batch and not (cancelled and cancelled()):
+                self._eval_piece(np.array(pending[: self._options.n_batch], np.int32), self._no_logits)
+                pending = pending[self._options.n_batch :]
+            if cancelled and cancelled():
+                return
+            logits = self.eval(pending)
+            for process in logits_processors:
+                logits = process(np.array(sequence, np.int64), logits)
+            token = sampler.sample(logits, sequence)
             sequence.append(token)
             yield token
             if token in self.tokenizer.eos or self.position >= self.n_ctx:
@@ -238,17 +418,8 @@ class Model:
             pending = [token]
 
     create_completion = __call__ = create_completion
+    create_chat_completion = create_chat_completion
 
     def _rewind(self, position: int) -> None:
         self._session.rewind(position)
         del self._history[position:]
-
-    def _reusable(self, tokens: list[int]) -> int:
-        """How many tokens from the start the cache holds at the present budget; the last is always computed again,
-        for its logits."""
-        count = 0
-        for token, (cached, budget) in zip(tokens[:-1], self._history, strict=False):
-            if token != cached or budget != self._budget:
-                break
-            count += 1
-        return count

@@ -5,6 +5,7 @@ Nothing here decides anything: policy (budgets, cache reuse, sampling) is in run
 
 from __future__ import annotations
 
+import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,21 @@ class NativeModel:
         _check(lib.mq_model_open(str(path).encode(), options, handle, error), error)
         self._handle = handle[0]
         self._close = weakref.finalize(self, lib.mq_model_close, self._handle)
+        self._users = 0
+        self._users_lock = threading.Lock()
+
+    def retain(self) -> NativeModel:
+        """Count one more user, who will call `release`; returns this model."""
+        with self._users_lock:
+            self._users += 1
+        return self
+
+    def release(self) -> None:
+        """One user has closed its sessions; the last one closes the file."""
+        with self._users_lock:
+            self._users -= 1
+            if self._users == 0:
+                self.close()
 
     @property
     def handle(self) -> Any:
@@ -204,6 +220,11 @@ class NativeSession:
         error = ffi.new("mq_error *")
         _check(lib.mq_session_set_average_bits(self._handle, bits, error), error)
 
+    def set_static_bits(self, bits: float) -> None:
+        """One depth for every linear, from the file's static order, within this average bits."""
+        error = ffi.new("mq_error *")
+        _check(lib.mq_session_set_static_bits(self._handle, bits, error), error)
+
     def set_output_depth(self, depth: int) -> None:
         """Depth of the output head; 0: the file's default."""
         error = ffi.new("mq_error *")
@@ -236,6 +257,27 @@ class NativeSession:
         buffer = ffi.from_buffer("uint8_t[]", depths, require_writable=True)
         _check(lib.mq_session_depths(self._handle, first, n, buffer, error), error)
         return depths
+
+    def eval_hidden(self, tokens: np.ndarray, hidden: np.ndarray) -> None:
+        """Evaluate tokens, int32 [n], and fill `hidden`, float32 [k, width], with the states after the final norm of
+        the last k <= n."""
+        error = ffi.new("mq_error *")
+        buffer = ffi.from_buffer("float[]", hidden, require_writable=True)
+        tokens_buffer = ffi.from_buffer("int32_t[]", tokens)
+        _check(lib.mq_session_eval_hidden(self._handle, tokens_buffer, len(tokens), buffer, len(hidden), error), error)
+
+    def state(self) -> bytearray:
+        """The cache up to the position as bytes."""
+        state = bytearray(lib.mq_session_state_size(self._handle))
+        error = ffi.new("mq_error *")
+        buffer = ffi.from_buffer("uint8_t[]", state, require_writable=True)
+        _check(lib.mq_session_state_get(self._handle, buffer, len(state), error), error)
+        return state
+
+    def set_state(self, state: bytes | bytearray | memoryview) -> None:
+        """Replace the cache by one that `state` gave."""
+        error = ffi.new("mq_error *")
+        _check(lib.mq_session_state_set(self._handle, ffi.from_buffer("uint8_t[]", state), len(state), error), error)
 
 
 def measure_read(n_threads: int, size: int, repeats: int) -> list[float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scores import score
 
 torch = pytest.importorskip("torch")
 
@@ -21,8 +22,8 @@ from mobiquant.checkpoint import LINEARS, CheckpointError, open_checkpoint  # no
 from mobiquant.cli import main  # noqa: E402
 from mobiquant.data import calibration_windows  # noqa: E402
 from mobiquant.demo import train  # noqa: E402
-from mobiquant.evaluate import Evaluation, evaluate, logits_of  # noqa: E402
 from mobiquant.models import UnsupportedModelError, parse_config  # noqa: E402
+from mobiquant.recipes import best, distill, gains, route  # noqa: E402
 from mobiquant.reference import open_reference  # noqa: E402
 from mobiquant.source import open_source  # noqa: E402
 
@@ -54,7 +55,8 @@ def test_checkpoint_holds_every_tensor_in_its_form(tiny_checkpoint):
     assert np.isfinite(threshold).all() and (np.diff(threshold) <= 0).all()
     checkpoint.tensor("model.rotary_emb.inv_freq", np.float32, (18,))
     assert not checkpoint.has("lm_head.codes")
-    assert len(checkpoint.names()) == 2 * (7 * 3 + 4 * 6 + 2) + 3 + 1 + 1
+    assert sorted(checkpoint.tensor("static_order", np.int32, (3 * 14,))) == sorted([*range(14)] * 3)
+    assert len(checkpoint.names()) == 2 * (7 * 3 + 4 * 6 + 2) + 3 + 1 + 1 + 1
 
 
 def test_interrupted_and_resumed_run_gives_the_same_bytes(
@@ -72,21 +74,62 @@ def test_interrupted_and_resumed_run_gives_the_same_bytes(
     assert contents(folder) == contents(tiny_checkpoint)
 
 
-def test_recipe_best_lowers_the_divergence_at_2_bits_and_resumes_to_the_same_bytes(
-    tmp_path, monkeypatch, tiny_model, tiny_text, tiny_settings, tiny_checkpoint
+@pytest.fixture(scope="module")
+def best_settings(tiny_settings):
+    return dataclasses.replace(tiny_settings, recipe="best", distill_steps=40, distill_batch=4)
+
+
+@pytest.fixture(scope="module")
+def best_checkpoint(tmp_path_factory, tiny_model, tiny_text, best_settings) -> Path:
+    folder = tmp_path_factory.mktemp("best") / "checkpoint"
+    calibration.calibrate(open_source(str(tiny_model)), folder, tiny_text, best_settings)
+    return folder
+
+
+@pytest.mark.parametrize("fits", [True, False], ids=["whole model", "block by block"])
+def test_recipe_best_lowers_the_divergence_at_2_bits(
+    tmp_path, monkeypatch, tiny_model, tiny_text, best_settings, best_checkpoint, fits
 ):
-    settings = dataclasses.replace(tiny_settings, recipe="best", distill_steps=40, distill_batch=4)
-    source, whole, resumed = open_source(str(tiny_model)), tmp_path / "whole", tmp_path / "resumed"
-    calibration.calibrate(source, whole, tiny_text, settings)
-    interrupt_at_block(monkeypatch, 1)
-    with pytest.raises(KeyboardInterrupt):
-        calibration.calibrate(source, resumed, tiny_text, settings)
-    monkeypatch.undo()
-    calibration.calibrate(source, resumed, tiny_text, settings)
-    assert contents(resumed) == contents(whole)
-    evaluation = Evaluation(depth=1)
-    best, paper = (evaluate(folder, tiny_text, evaluation, tiny_model)["kld"] for folder in (whole, tiny_checkpoint))
-    assert best < 0.9 * paper
+    folders = {"best": best_checkpoint, "paper": tmp_path / "paper"}
+    source = open_source(str(tiny_model))
+    calibration.calibrate(source, folders["paper"], tiny_text, dataclasses.replace(best_settings, recipe="paper"))
+    if not fits:
+        folders["best"] = tmp_path / "best"
+        monkeypatch.setattr(best, "fits", lambda *_: False)
+        calibration.calibrate(source, folders["best"], tiny_text, best_settings)
+    found = {name: score(path, tiny_text, "2", tiny_model).score.kld for name, path in folders.items()}
+    assert found["best"] < 0.9 * found["paper"]
+
+
+def test_three_interruptions_at_any_step_change_no_byte(
+    tmp_path, monkeypatch, tiny_model, tiny_text, best_settings, best_checkpoint
+):
+    source, folder = open_source(str(tiny_model)), tmp_path / "resumed"
+    for module in (distill, route):
+        monkeypatch.setattr(module, "_SAVE_EVERY", 3)
+    step = torch.optim.AdamW.step
+    counts: list[int] = []
+
+    def stopping_step(self, *args, **kwargs):
+        counts[0] -= 1
+        if counts[0] < 0:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stopping_step)
+    slices, fits = sum(distill.slice_steps(best_settings)), 4 * gains.FIT_STEPS
+    random = np.random.default_rng(4)
+    in_slices = int(random.integers(4, slices))
+    # Then in the second block's routers, and in the routers of the whole model; a few steps are taken again.
+    in_block = slices - in_slices + fits + int(random.integers(10, fits - 10))
+    in_routers = fits + int(random.integers(4, 20))
+    for count in (in_slices, in_block, in_routers):
+        counts[:] = [count]
+        with pytest.raises(KeyboardInterrupt):
+            calibration.calibrate(source, folder, tiny_text, best_settings)
+    counts[:] = [1 << 30]
+    calibration.calibrate(source, folder, tiny_text, best_settings)
+    assert contents(folder) == contents(best_checkpoint)
 
 
 def test_other_settings_are_refused_until_restart(
@@ -116,10 +159,12 @@ def test_foreign_folder_is_left_alone(tmp_path, tiny_model, tiny_text, tiny_sett
 def test_reference_nears_full_precision_with_depth(tiny_checkpoint, tiny_model):
     exact = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     reference, tokens = open_reference(tiny_checkpoint, exact=False), np.arange(40, dtype=np.int32)
+    with torch.no_grad():
+        expected = exact(torch.from_numpy(tokens).long()[None]).logits[0].numpy()
     errors = []
     for depth in (1, 2, 3, 4):
         reference.set_depth(depth)
-        errors.append(np.square(logits_of(reference, tokens) - logits_of(exact, tokens)).mean())
+        errors.append(np.square(reference.logits(tokens) - expected).mean())
         assert (reference.depths == depth).all() and reference.bits_read == pytest.approx(2 * depth)
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > errors[3]
 
@@ -141,9 +186,9 @@ def test_budget_ends_equal_uniform_depths(tiny_checkpoint):
     reference, tokens = open_reference(tiny_checkpoint, exact=False), np.arange(30, dtype=np.int32)
     for bits, depth in ((2, 1), (8, 4)):
         reference.set_average_bits(bits)
-        routed = logits_of(reference, tokens)
+        routed = reference.logits(tokens)
         reference.set_depth(depth)
-        np.testing.assert_array_equal(routed, logits_of(reference, tokens))
+        np.testing.assert_array_equal(routed, reference.logits(tokens))
 
 
 def test_reference_refuses_bad_precisions(tiny_checkpoint):
@@ -155,15 +200,6 @@ def test_reference_refuses_bad_precisions(tiny_checkpoint):
     ):
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_evaluation_gives_the_agreed_keys(tiny_checkpoint, tiny_model, tiny_text):
-    result = evaluate(tiny_checkpoint, tiny_text, Evaluation(depth=4, windows=2), reference=tiny_model)
-    assert list(result) == ["ppl", "tokens", "avg_bits", "kld", "top1"]
-    assert result["avg_bits"] == pytest.approx(8) and result["tokens"] == 126
-    assert 0 <= result["kld"] < 0.05 and result["top1"] > 0.8
-    with pytest.raises(ValueError, match="expected a calibrated checkpoint"):
-        evaluate(tiny_model, tiny_text, Evaluation(depth=1))
 
 
 @pytest.mark.parametrize(

@@ -217,5 +217,5 @@ def test_bench_measures_every_case_and_names_its_figures_like_llama_bench(
 
 
 def test_bench_refuses_a_bad_budget_or_count(capfd: pytest.CaptureFixture[str], path: Path) -> None:
-    expect_error(capfd, "bits: expected one of 2, 4, 6, 8, found 3", "bench", "-m", path, "--bits", 3)
+    expect_error(capfd, "bits: expected 2, 4, 6, 8 or static:X, found '3'", "bench", "-m", path, "--bits", 3)
     expect_error(capfd, "--repetitions: expected at least 1, found 0", "bench", "-m", path, "-r", 0)

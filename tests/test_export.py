@@ -109,6 +109,7 @@ def write_checkpoint(folder: Path, change: Callable[[Tensors], None] = lambda te
     tensors |= prefixed("lm_head", sliced(random, VOCAB, 136))
     tensors["model.norm.weight"] = random.standard_normal(136).astype(np.float32)
     tensors["model.rotary_emb.inv_freq"] = (5000.0 ** -(np.arange(17) / 17)).astype(np.float32)
+    tensors["static_order"] = np.tile(np.arange(BLOCKS * 7, dtype=np.int32), 3)
     change(tensors)
 
     folder.mkdir()
@@ -172,6 +173,8 @@ def test_file_holds_every_number_of_the_checkpoint(checkpoint: Path, exported: G
             assert not hidden[:, expected.shape[1] :].any()
             for part in ("hidden_scale", "hidden_bias", "head", "head_bias", "threshold"):
                 vectors[f"blk.{block}.router_{point}.{part}"] = block_name(block, f"router_{point}.{part}")
+    order = exported.get_field("mobiquant.static.order").contents()
+    np.testing.assert_array_equal(order, source.tensor("static_order"))
     for ours, theirs in vectors.items():
         np.testing.assert_array_equal(stored.pop(ours), source.tensor(theirs))
     assert not stored, "tensors that the checkpoint does not explain"
@@ -238,6 +241,9 @@ def cut(name: str) -> Callable[[Tensors], None]:
         (set_to("lm_head.scales", 0.0), {}, r"tensor lm_head\.scales: expected numbers above 0"),
         (set_to("model.norm.weight", np.nan), {}, r"tensor model\.norm\.weight: expected finite"),
         (set_to("model.layers.1.router_ffn_in.threshold", 9.0, 5), {}, r"router_ffn_in\.threshold: .*found a rise"),
+        (set_to("static_order", 5), {}, r"tensor static_order: expected every linear 3 times, found linear 0 2 times"),
+        (set_to("static_order", 14), {}, r"tensor static_order: expected linears 0\.\.13, found 0\.\.14"),
+        (cut("static_order"), {}, r"tensor static_order: expected shape \(42,\), found \(41,\)"),
         (None, {"model_type": "gpt2"}, r"model_type: expected one of llama, found 'gpt2'"),
         (None, {"hidden_size": "wide"}, r"hidden_size: expected a number of type int, found 'wide'"),
         (None, {"num_key_value_heads": 3}, r"head_count: expected a multiple of 3 key heads, found 4"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,12 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
     ]
 
 
+def test_wheel_offers_its_model_to_the_evaluation_harness(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    assert "[lm_eval.models]\nmobiquant = mobiquant.evaluation.harness:MobiQuantLM" in archive.read(points).decode()
+
+
 def test_wheel_needs_no_torch(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (metadata,) = (name for name in archive.namelist() if name.endswith("METADATA"))
@@ -86,6 +93,28 @@ sys.exit(main(["run", "-m", {str(model)!r}, "-p", "hi", "-n", "4", "--avg-bits",
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "average bits" in done.stderr
+
+
+def test_wheel_runs_on_another_python(wheel: Path, tmp_path: Path) -> None:
+    other = os.environ.get("MOBIQUANT_OTHER_PYTHON")
+    if other is None:
+        pytest.skip("set MOBIQUANT_OTHER_PYTHON to another Python from 3.10; the wheel's needs are installed for it")
+
+    def run(*command: object) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    run(other, "-m", "venv", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", wheel)
+    version = run(python, "-c", "import sys; print(*sys.version_info[:2], sep='.')").strip()
+    assert version != f"{sys.version_info[0]}.{sys.version_info[1]}"
+    export_synthetic(TINY, tmp_path / "random.gguf", "random")
+    command = python.with_name("mobiquant")
+    assert f"python   {version}." in run(command, "info")
+    assert "average bits" in run(command, "run", "-m", "random.gguf", "-p", "hi", "-n", "4", "--avg-bits", "3")
 
 
 def test_calibration_without_torch_says_what_to_install(tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
+import torch
 from benchmarks.parity import BUDGETS, compare
 
 from export.to_gguf import export_checkpoint
+from mobiquant.arithmetic import ATTENTION_CHUNK, causal_attention
 from mobiquant.calibrate import calibrate
 from mobiquant.config import CalibrationSettings
-from mobiquant.scoring import make_windows
+from mobiquant.evaluation.scoring import make_windows
 from mobiquant.source import open_source
 
 DEMO = Path(__file__).parents[1] / "mobiquant" / "demo"
@@ -47,3 +49,13 @@ def test_the_bundled_model_gives_the_reference_bits(tmp_path: Path) -> None:
     ids = source.tokenizer().encode((DEMO / "heldout.txt").read_text(encoding="utf-8")[:4000]).ids
     windows = [window.tokens for window in make_windows(ids, "all", 290, 0)[:1]]  # past one attention chunk
     check(tmp_path / "checkpoint", file, windows, 200, (2, 8, 3.0, 5.0))
+
+
+def test_attention_of_the_last_tokens_alone_equals_theirs_in_the_whole_text():
+    generator = torch.Generator().manual_seed(6)
+    positions = 2 * ATTENTION_CHUNK + 37
+    query, key, value = (torch.randn(2, positions, 6, generator=generator) for _ in range(3))
+    whole = causal_attention(query, key, value, 0.4)
+    for last in (1, 30, ATTENTION_CHUNK + 3):
+        alone = causal_attention(query[:, -last:], key, value, 0.4)
+        torch.testing.assert_close(alone, whole[:, -last:], rtol=0, atol=0)

@@ -12,7 +12,6 @@ from mobiquant.config import default_budgets  # noqa: E402
 from mobiquant.recipes.gains import Examples, fit_router  # noqa: E402
 from mobiquant.router import (  # noqa: E402
     TrainableRouter,
-    budget_cuts,
     interpolate_threshold,
     router_hidden_size,
     spending_cut,
@@ -53,35 +52,13 @@ def test_freezing_changes_no_score(router):
     torch.testing.assert_close(router(x.dequantized()), router.freeze(2).scores(x), rtol=1e-4, atol=1e-4)
 
 
-def test_depths_grow_with_the_budget_from_1_to_4(router):
-    stored, x = router.freeze(len(BUDGETS)), quantize_activations(inputs(512))
+def test_a_spending_cut_spends_what_was_asked(router):
+    stored, x, weights = router.freeze(len(BUDGETS)), quantize_activations(inputs(2048)), [3, 1]
     scores = [stored.scores(x)[:, linear] for linear in range(2)]
-    stored.threshold = torch.from_numpy(budget_cuts([scores] * 4, [3, 1], BUDGETS)).expand(2, 3, -1).clone()
-    depths = torch.stack([stored.depths(x, bits, BUDGETS) for bits in (2, 2.01, 3, 4.4, 5, 6, 7.5, 7.99, 8)])
-    assert (depths.diff(dim=0).to(torch.int8) >= 0).all()
-    assert (depths[0] == 1).all() and (depths[-1] == 4).all()
-
-
-def test_thresholds_spend_each_budget(router):
-    stored, x = router.freeze(len(BUDGETS)), quantize_activations(inputs(2048))
-    weights = [3, 1]
-    scores = [stored.scores(x)[:, linear] for linear in range(2)]
-    cuts = budget_cuts([scores] * 4, weights, BUDGETS)
-    assert np.isfinite(cuts).all() and (np.diff(cuts) <= 0).all() and cuts.dtype == np.float32
-    assert cuts[0] > max(s.max() for s in scores) and cuts[-1] < min(s.min() for s in scores)
-    stored.threshold = torch.from_numpy(cuts).expand(2, 3, -1).clone()
     for bits in (2.5, 3.3, 4.0, 5.7, 7.2):
+        stored.threshold.fill_(spending_cut(scores, weights, bits))
         depths = stored.depths(x, bits, BUDGETS).double().mean(0)
         assert 2 * (depths[0] * 3 + depths[1]) / 4 == pytest.approx(bits, abs=0.03)
-
-
-def test_a_mixed_budget_lies_between_the_streams_of_its_neighbours():
-    generator = torch.Generator().manual_seed(2)
-    streams = [[torch.randn(1000, 3, generator=generator) + shift] for shift in (0.0, 1.0, 2.0, 3.0)]
-    cuts = budget_cuts(streams, [1], (2.0, 3.0, 4.0, 8.0))
-    low, high = (spending_cut(streams[depth], [1], 3.0) for depth in (0, 1))
-    assert low < cuts[1] < high
-    assert cuts[2] == pytest.approx(spending_cut(streams[1], [1], 4.0), abs=1e-6)
 
 
 def test_interpolation_meets_the_table_at_its_entries():

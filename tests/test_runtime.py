@@ -15,10 +15,9 @@ from export.synthetic import synthetic_vocabulary
 from export.to_gguf import export_synthetic
 from runtime import MobiQuantError, Model
 from runtime.budget import Budget
-from runtime.completion import StopStrings
-from runtime.perplexity import score_text
 from runtime.sampling import SamplingSettings
-from runtime.tokens import TextStream, Tokenizer
+from runtime.stream import StopStrings, TextStream
+from runtime.tokens import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 GREEDY = SamplingSettings(temperature=0)
@@ -252,36 +251,12 @@ def test_bytes_that_are_not_utf8_are_named(tokenizer: Tokenizer) -> None:
         tokenizer.encode(b"ok\xff")
 
 
-# Scoring
-
-
-def test_score_counts_every_token_once_whatever_the_piece(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "0123456789" * 20
-    whole = score_text(model, text)
-    assert whole.tokens == len(text)
-    monkeypatch.setattr("runtime.perplexity._PIECE", 11)
-    assert score_text(model, text).nll == pytest.approx(whole.nll, rel=1e-12)
-    assert score_text(model, text, n_windows=1).tokens == TINY.context_length - 1
-
-
-def test_score_against_its_own_logits_has_no_divergence(model: Model) -> None:
-    def reference(tokens: np.ndarray) -> np.ndarray:
-        model.reset()
-        logits = model.eval(tokens, all_logits=True)
-        model.reset()
-        return logits
-
-    score = score_text(model, "0123456789" * 20, rule="llama.cpp", reference=reference)
-    assert score.kld == pytest.approx(0, abs=1e-9)
-    assert score.top1 == 1
-
-
 # Importing
 
 
 def test_importing_the_runtime_does_not_import_the_calibration_side() -> None:
     code = (
-        "import sys; from runtime import Model; import runtime.cli, mobiquant.cli;"
+        "import sys; from runtime import Model; import runtime.commands.cli, mobiquant.cli;"
         "print([name for name in ('torch', 'transformers', 'mobiquant.calibrate', 'gguf') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobiquant.scoring import Score, make_windows
+from mobiquant.evaluation.scoring import Score, make_windows
 from mobiquant.text import clean_text
 
-SHARED = Path(__file__).parents[1].parent / "shared"
 BOS = 0
 
 
@@ -90,18 +89,6 @@ def test_separator_lines_are_removed():
 
 
 def test_device_side_modules_do_not_import_torch():
-    modules = "mobiquant, mobiquant.packing, mobiquant.scoring, mobiquant.config, mobiquant.cli"
+    modules = "mobiquant, mobiquant.packing, mobiquant.evaluation.scoring, mobiquant.config, mobiquant.cli"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
-
-
-def test_full_precision_tale_46m_scores_the_published_anchor():
-    folder, text = SHARED / "models" / "tale-46m", SHARED / "text" / "heldout_anchor.txt"
-    if not folder.is_dir():
-        pytest.skip(f"needs {folder}")
-    pytest.importorskip("torch")
-    from mobiquant.evaluate import Evaluation, evaluate
-
-    result = evaluate(folder, text.read_text(encoding="utf-8"), Evaluation(rule="llama.cpp"))
-    assert result["tokens"] == 32 * 511
-    assert result["ppl"] == pytest.approx(22.433, abs=6e-4)

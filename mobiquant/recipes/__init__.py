@@ -1,7 +1,8 @@
 """Calibration recipes: how a model is turned into slices and routers. The block loop (mobiquant.calibrate) is common.
 
 A recipe is a function from `BlockTask` to `CalibratedBlock`, by the name that `--recipe` takes in `recipes`. One that
-needs the whole model at once chooses the slices before the loop over blocks, in a function from `ModelTask`.
+can use the whole model at once chooses the slices before the loop over blocks and tunes the routers after it, in
+functions of a `ModelTask`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mobiquant.config import CalibrationSettings, QuantizationConfig
+from mobiquant.data import CalibrationWindows
 from mobiquant.router import Router
 from mobiquant.slices import SlicedWeight
 from mobiquant.source import Source
@@ -22,18 +23,18 @@ from mobiquant.source import Source
 
 @dataclass(frozen=True)
 class ModelTask:
-    """What a recipe may look at before the loop over blocks.
+    """What a recipe may look at outside the loop over blocks.
 
-    embedding: float32 [vocab, width]; windows: from a number to that many training windows, int64 [windows, seq_len];
-    state: a file of the recipe's own, for going on after an interruption. It is removed when the calibration is done.
+    embedding: float32 [vocab, width]; windows: from a number to that many training windows; folder: for files named
+    recipe-*.safetensors, to go on after an interruption. They are removed when the calibration is done.
     """
 
     source: Source
     embedding: Tensor
-    windows: Callable[[int], np.ndarray]
+    windows: Callable[[int], CalibrationWindows]
     settings: CalibrationSettings
     device: torch.device
-    state: Path
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,23 @@ class CalibratedBlock:
 
 @dataclass(frozen=True)
 class Recipe:
-    """run: calibrates one block; steps: how often it calls `advance`; slices: chooses the slices of every block before
-    the first `run`, and finds them again when called after an interruption."""
+    """run: calibrates one block; steps: how often it calls `advance`, by whether the slices were chosen before; slices:
+    chooses the slices of every block before the first `run`, or leaves that to it; routers: from a function that loads
+    calibrated blocks, their routers trained further, or None to keep them. The last two find their work again when
+    called after an interruption.
+    """
 
     run: Callable[[BlockTask], CalibratedBlock]
-    steps: Callable[[CalibrationSettings], int]
-    slices: Callable[[ModelTask], list[dict[str, SlicedWeight]]] | None = None
+    steps: Callable[[CalibrationSettings, bool], int]
+    slices: Callable[[ModelTask], list[dict[str, SlicedWeight]] | None] = lambda _: None
+    routers: Callable[[ModelTask, Callable[[int], CalibratedBlock]], list[dict[str, Router]] | None] = lambda *_: None
 
 
 def recipes() -> dict[str, Recipe]:
     """The recipes by name. A function, because the recipes import the types above."""
-    from mobiquant.recipes import best, distill, paper
+    from mobiquant.recipes import best, paper
 
     return {
-        "best": Recipe(best.calibrate_block, best.step_count, distill.distill),
+        "best": Recipe(best.calibrate_block, best.step_count, best.choose_slices, best.tune_routers),
         "paper": Recipe(paper.calibrate_block, paper.step_count),
     }

@@ -1,31 +1,61 @@
-"""The best recipe, by measurement: slices distilled from the whole model, then routers fitted block by block.
+"""The best recipe, by measurement: slices trained one after another, then routers fitted to what each slice is worth.
 
-The slices are chosen before the loop over blocks (mobiquant.recipes.distill). What is left for a block is to measure
-what every slice is worth to every token, and to fit the routers to it.
+Where the whole model fits on the device, its slices are trained against its own predictions before the loop over blocks
+(mobiquant.recipes.distill), and after the loop its routers too (mobiquant.recipes.route). Where it does not, the slices
+of a block are trained in the loop, against the output of the full-precision block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mobiquant.checkpoint import LINEARS, ROUTER_POINTS
 from mobiquant.config import CalibrationSettings
-from mobiquant.recipes import BlockTask, CalibratedBlock
-from mobiquant.recipes.gains import fit_router, measure_gains
+from mobiquant.packing import SLICE_COUNT
+from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask
+from mobiquant.recipes.distill import distill, slice_steps
+from mobiquant.recipes.gains import fit_router, measure_gains, set_level
+from mobiquant.recipes.route import train_routers
+from mobiquant.recipes.trained_slice import TrainedSlice, slice_optimizer, train_slice
+from mobiquant.recipes.whole import fits, tensor_cores
 from mobiquant.router import Router, TrainableRouter
 from mobiquant.slices import SlicedWeight, unslice_weight
 
+# What a block takes of the steps and of the windows per step that a whole model takes.
+_STEP_SHARE = 0.5
+_BATCH_SHARE = 0.25
+# How much of a token's own gain, against its linear's mean, a score keeps: gains measured one by one spread more than
+# what a slice is worth beside all others, where large errors no longer add up.
+_TOKEN_SHARE = 0.5
+# Relative error below which a better slice is no gain.
+_ERROR_FLOOR = 1e-6
 
-def step_count(_: CalibrationSettings) -> int:
-    """One step per router."""
-    return len(ROUTER_POINTS)
+
+def choose_slices(task: ModelTask) -> list[dict[str, SlicedWeight]] | None:
+    """The slices of every block by name in LINEARS, or None when the device cannot hold the whole model."""
+    return distill(task) if fits(task.source, task.settings, task.device) else None
+
+
+def tune_routers(task: ModelTask, block: Callable[[int], CalibratedBlock]) -> list[dict[str, Router]] | None:
+    """The routers of all blocks, trained further in the whole model; None when the device cannot hold it."""
+    if not fits(task.source, task.settings, task.device):
+        return None
+    return train_routers(task, [block(index) for index in range(task.source.block_count)])
+
+
+def step_count(settings: CalibrationSettings, slices_chosen: bool) -> int:
+    """One step per router, and those of the slices when they are trained in the block."""
+    return len(ROUTER_POINTS) + (0 if slices_chosen else sum(_block_steps(settings)))
 
 
 def calibrate_block(task: BlockTask) -> CalibratedBlock:
-    """Fit the routers to the slices of `task`; its block is changed in place."""
-    assert task.slices is not None
-    layers = {name: _FrozenLinear(task.block.get_submodule(name).weight, task.slices[name]) for name in LINEARS}
+    """Train the slices, unless `task` brings them, and fit routers to them; the task's block is changed in place."""
+    slices = task.slices or _train_slices(task)
+    layers = {name: _FrozenLinear(task.block.get_submodule(name).weight, slices[name]) for name in LINEARS}
     for name, layer in layers.items():
         task.block.set_submodule(name, layer)
 
@@ -40,9 +70,12 @@ def calibrate_block(task: BlockTask) -> CalibratedBlock:
         columns = layers[names[0]].weights[0].shape[1]
         router = TrainableRouter(columns, len(names), task.quantization.router.hidden_size, task.generator)
         fit_router(router.to(task.device), examples[point], task.settings.router_lr, task.generator)
+        with torch.no_grad():
+            router.head *= _TOKEN_SHARE
+        set_level(router, examples[point])
         routers[point] = router.freeze(len(task.quantization.router.budgets))
         task.advance("routers")
-    return CalibratedBlock(task.slices, routers)
+    return CalibratedBlock(slices, routers)
 
 
 class _FrozenLinear(nn.Module):
@@ -55,3 +88,36 @@ class _FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weights[self.depth])
+
+
+def _block_steps(settings: CalibrationSettings) -> list[int]:
+    return [max(1, round(count * _STEP_SHARE)) for count in slice_steps(settings)]
+
+
+def _train_slices(task: BlockTask) -> dict[str, SlicedWeight]:
+    """Slice after slice on the windows that came here at its depth; the block is left as it was."""
+    originals = {name: task.block.get_submodule(name) for name in LINEARS}
+    layers = {name: TrainedSlice(linear.weight) for name, linear in originals.items()}
+    for name, layer in layers.items():
+        layer.original = False
+        task.block.set_submodule(name, layer)
+    batch = max(1, round(task.settings.distill_batch * _BATCH_SHARE))
+    for number, count in enumerate(_block_steps(task.settings), start=1):
+        for layer in layers.values():
+            layer.begin(number)
+        own = torch.nonzero(task.depths == number).flatten()
+
+        def loss(_: int, own: Tensor = own) -> Tensor:
+            chosen = own[torch.randint(len(own), (batch,), generator=task.generator)]
+            output = task.block(task.inputs[chosen].to(task.device), position_embeddings=task.positions)
+            target = task.targets[chosen].to(task.device)
+            # Per token: a few have outputs a thousand times larger than the others.
+            error = (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+            return (error.mean() + _ERROR_FLOOR).log()
+
+        stage = f"slice {number}/{SLICE_COUNT}"
+        with tensor_cores():
+            train_slice(layers, slice_optimizer(layers), range(count), loss, lambda _, stage=stage: task.advance(stage))
+    for name, linear in originals.items():
+        task.block.set_submodule(name, linear)
+    return {name: layer.sliced() for name, layer in layers.items()}

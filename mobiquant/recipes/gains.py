@@ -22,7 +22,7 @@ from mobiquant.recipes import BlockTask
 from mobiquant.router import TrainableRouter
 
 TOKENS_PER_WINDOW = 128
-_FIT_STEPS = 300
+FIT_STEPS = 200
 _FIT_TOKENS = 1024
 _LEAST_GAIN = 1e-30
 
@@ -85,9 +85,9 @@ def fit_router(router: TrainableRouter, examples: Examples, learning_rate: float
     set_level(router, examples)
     unit = gains.mean(0).clamp_min(_LEAST_GAIN).log2()
     optimizer = torch.optim.AdamW(router.parameters(), lr=learning_rate, weight_decay=0.0)
-    for step in range(_FIT_STEPS):
+    for step in range(FIT_STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * (1 - step / _FIT_STEPS)
+            group["lr"] = learning_rate * (1 - step / FIT_STEPS)
         chosen = torch.randint(len(gains), (_FIT_TOKENS,), generator=generator).to(gains.device)
         scores = router(examples.inputs[chosen]) - unit
         relative = gains[chosen] * torch.exp2(-unit)

@@ -29,7 +29,7 @@ _TEMPERATURE = 1.0
 _ROUTER_TUNING = 0.1
 
 
-def step_count(settings: CalibrationSettings) -> int:
+def step_count(settings: CalibrationSettings, _: bool) -> int:
     """Training steps per block: two stages, every epoch all windows, in batches of one depth."""
     counts = [len(range(depth, settings.samples, SLICE_COUNT)) for depth in range(SLICE_COUNT)]
     return 2 * settings.epochs * sum(-(-count // settings.batch) for count in counts)
@@ -176,7 +176,7 @@ def calibrate_block(task: BlockTask) -> CalibratedBlock:
 def _batches(task: BlockTask, optimizer: torch.optim.Optimizer, stage: str) -> Iterator[Tensor]:
     """Window numbers of every step, int64 [batch], all at one depth, in seeded order; the step size falls to 0."""
     settings = task.settings
-    done, total = 0, step_count(settings) / 2
+    done, total = 0, step_count(settings, False) / 2
     initial = [group["lr"] for group in optimizer.param_groups]
     for _ in range(settings.epochs):
         batches = []

@@ -98,6 +98,9 @@ const char *mq_session_kernel(const mq_session *session);
 mq_status mq_session_set_depth(mq_session *session, uint32_t depth, mq_error *error);
 /* Routed: average bits per routed weight, 2..2·max_depth. */
 mq_status mq_session_set_average_bits(mq_session *session, float bits, mq_error *error);
+/* Static: every linear at a fixed depth of its own, the best that calibration found for at most `bits` per routed weight on
+ * average, 2..2·max_depth. Nothing is routed. MQ_ERR_ARGUMENT when the file has no static order. */
+mq_status mq_session_set_static_bits(mq_session *session, float bits, mq_error *error);
 /* Depth of the output head, 1..max_depth; 0: the file's default. */
 mq_status mq_session_set_output_depth(mq_session *session, uint32_t depth, mq_error *error);
 
@@ -112,6 +115,18 @@ void mq_session_get_stats(const mq_session *session, mq_stats *stats);
 /* Depths that tokens at positions first..first+n-1 read: uint8 [n][block_count][7], linears in the order q, k, v, output,
  * gate, up, down. */
 mq_status mq_session_depths(const mq_session *session, uint32_t first, uint32_t n, uint8_t *depths, mq_error *error);
+/* As mq_session_eval, with the hidden states after the final norm, float32 [n_hidden][embedding_length], in place of logits. */
+mq_status mq_session_eval_hidden(mq_session *session, const int32_t *tokens, size_t n, float *hidden, size_t n_hidden,
+                                 mq_error *error);
+
+/* The cache up to the position as bytes: a header, the bits asked for, the depths read, keys and values. They fit every session of the same model
+ * file, whatever its threads, batch and kernels, on machines of one byte order. MQ_ERR_UNSUPPORTED off the CPU. */
+size_t mq_session_state_size(const mq_session *session);
+/* Writes exactly mq_session_state_size bytes; `size` is what `data` can hold. */
+mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, mq_error *error);
+/* Checks everything before it changes anything: MQ_ERR_FORMAT for bytes that are no state or were altered, MQ_ERR_ARGUMENT for a
+ * state of another model file, MQ_ERR_CONTEXT_FULL when n_ctx is too small for it. */
+mq_status mq_session_state_set(mq_session *session, const uint8_t *data, size_t size, mq_error *error);
 /* cffi: end */
 
 #ifdef __cplusplus

@@ -48,8 +48,8 @@ static void prepare_token(void *argument, size_t token, uint32_t thread)
         return;
     }
     uint8_t *depths = depths_at(p, token);
-    if (s->fixed_depth != 0) {
-        memset(depths, (int)s->fixed_depth, p->router->linears);
+    if (s->asked_bits == 0.0f) {
+        memcpy(depths, s->table + (size_t)p->block_index * MQ_LINEARS + p->first_linear, p->router->linears);
         return;
     }
     float hidden[MQ_MAX_ROUTER_HIDDEN];
@@ -95,7 +95,7 @@ static void run_point(pass *p, size_t point, const float *source, size_t stride,
         mq_linear_sort(&jobs[i], depths_at(p, 0) + i, (size_t)hp->block_count * MQ_LINEARS, p->n, s->batch.order[i]);
         count_linear(s, matrix, &jobs[i]);
     }
-    if (s->fixed_depth == 0) {
+    if (s->asked_bits != 0.0f) {
         s->stats.bytes_read += (uint64_t)p->n * mq_router_bytes(p->router, hp);
     }
     mq_linear_run(s->kernels, s->pool, &s->batch.activations, jobs, p->router->linears);
@@ -170,5 +170,15 @@ void mq_forward(mq_session *session, const int32_t *tokens, uint32_t n, float *l
     }
     if (n_logits > 0) {
         run_output(&p, logits, n_logits);
+    }
+}
+
+void mq_forward_hidden(const mq_session *session, uint32_t n, float *hidden, uint32_t n_hidden)
+{
+    const mq_hparams *hp = &session->model->hparams;
+    const size_t width = hp->embedding_length;
+    const float *x = session->batch.x + (size_t)(n - n_hidden) * width; /* the residual stream of the batch */
+    for (size_t t = 0; t < n_hidden; t++) {
+        session->kernels->rmsnorm(x + t * width, session->model->output_norm, width, hp->rms_epsilon, hidden + t * width);
     }
 }

@@ -35,6 +35,7 @@
 #define MQ_KEY_OUTPUT_DEPTH "mobiquant.output.depth"
 #define MQ_KEY_ROUTER_HIDDEN "mobiquant.router.hidden_size"
 #define MQ_KEY_ROUTER_BUDGETS "mobiquant.router.budgets"
+#define MQ_KEY_STATIC_ORDER "mobiquant.static.order"
 
 #define MQ_TENSOR_EMBEDDING "token_embd"
 #define MQ_TENSOR_OUTPUT "output"

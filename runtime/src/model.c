@@ -4,6 +4,7 @@
 #include "error.h"
 #include "memory.h"
 #include "router.h"
+#include "static_order.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -254,6 +255,9 @@ mq_status mq_model_open(const char *path, const mq_model_options *options, mq_mo
         }
     }
     if (status == MQ_OK) {
+        status = mq_static_order_read(&model->file, model->hparams.block_count, &model->static_order, error);
+    }
+    if (status == MQ_OK) {
         binder b = {model, error, 0};
         status = bind_all(&b);
     }
@@ -271,6 +275,7 @@ void mq_model_close(mq_model *model)
     if (model == NULL) {
         return;
     }
+    free(model->static_order);
     free(model->blocks);
     gguf_close(&model->file);
     mq_mapping_close(&model->mapping);

@@ -34,6 +34,7 @@ struct mq_model {
     mq_matrix embedding, output; /* output is the embedding when tied */
     const float *output_norm;
     const float *inv_freq; /* [head_dim / 2] */
+    uint32_t *static_order; /* [3·7·block_count] (static_order.h); NULL: the file has none */
     mq_model_info info;
 };
 

@@ -1,7 +1,8 @@
-/* session.c: opening and closing sessions, settings, and the checks before a forward pass. */
+/* session.c: opening and closing sessions, and the checks before a forward pass. */
 #include "session.h"
 
 #include "attention.h"
+#include "budget.h"
 #include "definition.h"
 #include "error.h"
 #include "memory.h"
@@ -82,7 +83,9 @@ static int32_t allocate(mq_session *session, uint32_t n_threads)
     session->cosine = own(session, product(ctx, half, 1), sizeof(float), &failed);
     session->sine = own(session, product(ctx, half, 1), sizeof(float), &failed);
     session->depths = own(session, product(ctx, hp->block_count, MQ_LINEARS), sizeof(uint8_t), &failed);
+    session->table = own(session, product(hp->block_count, MQ_LINEARS, 1), sizeof(uint8_t), &failed);
     session->thresholds = own(session, product(hp->block_count, MQ_LINEARS, MQ_GATES), sizeof(float), &failed);
+    session->asked_at = own(session, ctx, sizeof(float), &failed);
     session->scratch = own(session, n_threads, sizeof(mq_scratch), &failed);
     const size_t part = mq_part_floats(hp->head_dim), shared = hp->head_count / hp->head_count_kv;
     const size_t floats = product(MQ_ATTENTION_TOKENS, shared, part); /* whole cache lines, so that no line is shared */
@@ -141,7 +144,6 @@ mq_status mq_session_open(const mq_model *model, const mq_session_options *optio
     }
     session->model = model;
     session->attention_scale = 1.0f / sqrtf((float)model->hparams.head_dim);
-    session->fixed_depth = model->info.max_depth;
     session->output_depth = model->hparams.output_depth;
     atomic_flag_clear(&session->busy);
     const uint32_t n_threads = options->n_threads == 0 ? 1 : options->n_threads;
@@ -158,6 +160,7 @@ mq_status mq_session_open(const mq_model *model, const mq_session_options *optio
         return status;
     }
     fill_rope(session);
+    memset(session->table, (int)model->info.max_depth, (size_t)model->hparams.block_count * MQ_LINEARS);
     *out = session;
     return MQ_OK;
 }
@@ -180,8 +183,7 @@ const char *mq_session_kernel(const mq_session *session)
     return session->kernels->name;
 }
 
-/* Every call that changes a session takes it; a second thread gets an error and not a race. */
-static mq_status acquire(mq_session *session, mq_error *error)
+mq_status mq_session_acquire(mq_session *session, mq_error *error)
 {
     if (atomic_flag_test_and_set_explicit(&session->busy, memory_order_acquire)) {
         return mq_fail(error, MQ_ERR_BUSY, "the session is in use by another thread; open one session per thread");
@@ -189,31 +191,9 @@ static mq_status acquire(mq_session *session, mq_error *error)
     return MQ_OK;
 }
 
-static void release(mq_session *session)
+void mq_session_release(mq_session *session)
 {
     atomic_flag_clear_explicit(&session->busy, memory_order_release);
-}
-
-static mq_status check_depth(const mq_model *model, const char *what, uint32_t depth, mq_error *error)
-{
-    if (depth < 1 || depth > model->info.max_depth) {
-        return mq_fail(error, MQ_ERR_ARGUMENT, "%s: expected 1 to %" PRIu32 ", the slices in %s, found %" PRIu32, what,
-                       model->info.max_depth, model->path, depth);
-    }
-    return MQ_OK;
-}
-
-mq_status mq_session_set_depth(mq_session *session, uint32_t depth, mq_error *error)
-{
-    mq_status status = check_depth(session->model, "depth", depth, error);
-    if (status == MQ_OK) {
-        status = acquire(session, error);
-    }
-    if (status == MQ_OK) {
-        session->fixed_depth = depth;
-        release(session);
-    }
-    return status;
 }
 
 mq_status mq_session_set_output_depth(mq_session *session, uint32_t depth, mq_error *error)
@@ -227,37 +207,12 @@ mq_status mq_session_set_output_depth(mq_session *session, uint32_t depth, mq_er
         return mq_fail(error, MQ_ERR_ARGUMENT, "output depth: expected 1 to %" PRIu32 ", the slices in %s, found %" PRIu32,
                        available, session->model->path, depth);
     }
-    const mq_status status = acquire(session, error);
+    const mq_status status = mq_session_acquire(session, error);
     if (status == MQ_OK) {
         session->output_depth = depth;
-        release(session);
+        mq_session_release(session);
     }
     return status;
-}
-
-mq_status mq_session_set_average_bits(mq_session *session, float bits, mq_error *error)
-{
-    const mq_model *model = session->model;
-    const float most = (float)(MQ_SLICE_BITS * model->info.max_depth);
-    if (!(bits >= (float)MQ_SLICE_BITS && bits <= most)) {
-        return mq_fail(error, MQ_ERR_ARGUMENT, "average bits: expected %d to %g, found %g", MQ_SLICE_BITS, (double)most,
-                       (double)bits);
-    }
-    const mq_status status = acquire(session, error);
-    if (status != MQ_OK) {
-        return status;
-    }
-    session->fixed_depth = 0;
-    float *thresholds = session->thresholds;
-    for (uint32_t i = 0; i < model->hparams.block_count; i++) {
-        for (size_t j = 0; j < MQ_ROUTERS; j++) {
-            const mq_router *router = &model->blocks[i].router[j];
-            mq_router_thresholds(router, &model->hparams, bits, thresholds);
-            thresholds += (size_t)router->linears * MQ_GATES;
-        }
-    }
-    release(session);
-    return MQ_OK;
 }
 
 static mq_status check_tokens(const mq_session *session, const int32_t *tokens, size_t n, size_t n_logits, mq_error *error)
@@ -268,7 +223,7 @@ static mq_status check_tokens(const mq_session *session, const int32_t *tokens, 
                        session->n_ctx - session->position, session->n_ctx);
     }
     if (n_logits > n) {
-        return mq_fail(error, MQ_ERR_ARGUMENT, "n_logits: expected at most the %zu tokens given, found %zu", n, n_logits);
+        return mq_fail(error, MQ_ERR_ARGUMENT, "rows of output: expected at most the %zu tokens given, found %zu", n, n_logits);
     }
     for (size_t i = 0; i < n; i++) {
         if (tokens[i] < 0 || (uint32_t)tokens[i] >= vocab) {
@@ -279,27 +234,45 @@ static mq_status check_tokens(const mq_session *session, const int32_t *tokens, 
     return MQ_OK;
 }
 
-mq_status mq_session_eval(mq_session *session, const int32_t *tokens, size_t n, float *logits, size_t n_logits, mq_error *error)
+/* Of the last n_output tokens: rows of logits, or, with `hidden`, of hidden states. */
+static mq_status evaluate(mq_session *session, const int32_t *tokens, size_t n, float *output, size_t n_output, bool hidden,
+                          mq_error *error)
 {
-    mq_status status = acquire(session, error);
+    mq_status status = mq_session_acquire(session, error);
     if (status != MQ_OK) {
         return status;
     }
-    status = check_tokens(session, tokens, n, n_logits, error);
+    const mq_hparams *hp = &session->model->hparams;
+    const size_t row = hidden ? hp->embedding_length : hp->vocab_size;
+    status = check_tokens(session, tokens, n, n_output, error);
     for (size_t done = 0; done < n && status == MQ_OK;) {
         const size_t left = n - done;
-        const uint32_t count = left < session->n_batch ? (uint32_t)left : session->n_batch;
+        const uint32_t count = mq_budget_begin(session, left < session->n_batch ? (uint32_t)left : session->n_batch);
         const size_t after = left - count; /* tokens still to come */
-        const size_t wanted = n_logits > after ? n_logits - after : 0;
+        const size_t wanted = n_output > after ? n_output - after : 0;
         const uint32_t here = wanted < count ? (uint32_t)wanted : count;
-        mq_forward(session, tokens + done, count, logits, here);
-        logits = here > 0 ? logits + (size_t)here * session->model->hparams.vocab_size : logits;
-        n_logits -= here;
+        mq_forward(session, tokens + done, count, output, hidden ? 0 : here);
+        if (hidden) {
+            mq_forward_hidden(session, count, output, here);
+        }
+        output = here > 0 ? output + here * row : output;
+        n_output -= here;
         session->position += count;
         done += count;
     }
-    release(session);
+    mq_session_release(session);
     return status;
+}
+
+mq_status mq_session_eval(mq_session *session, const int32_t *tokens, size_t n, float *logits, size_t n_logits, mq_error *error)
+{
+    return evaluate(session, tokens, n, logits, n_logits, false, error);
+}
+
+mq_status mq_session_eval_hidden(mq_session *session, const int32_t *tokens, size_t n, float *hidden, size_t n_hidden,
+                                 mq_error *error)
+{
+    return evaluate(session, tokens, n, hidden, n_hidden, true, error);
 }
 
 uint32_t mq_session_position(const mq_session *session)
@@ -314,7 +287,7 @@ uint32_t mq_session_context(const mq_session *session)
 
 mq_status mq_session_rewind(mq_session *session, uint32_t position, mq_error *error)
 {
-    mq_status status = acquire(session, error);
+    mq_status status = mq_session_acquire(session, error);
     if (status != MQ_OK) {
         return status;
     }
@@ -323,8 +296,9 @@ mq_status mq_session_rewind(mq_session *session, uint32_t position, mq_error *er
                          position);
     } else {
         session->position = position;
+        session->stretch_end = 0;
     }
-    release(session);
+    mq_session_release(session);
     return status;
 }
 

@@ -35,9 +35,12 @@ struct mq_session {
     uint32_t n_ctx, n_batch;
     uint32_t position;
     float attention_scale; /* 1 / sqrt(head_dim) */
-    uint32_t fixed_depth;  /* 0: routed */
+    float asked_bits;      /* routed: the average asked for; 0: depths from the table */
+    uint32_t stretch_end;  /* routed: the thresholds hold for positions before this one; 0: they must be set */
     uint32_t output_depth;
-    float *thresholds;     /* [block][7][3] at the asked average bits */
+    uint8_t *table;        /* [block][7] depth of every linear of an unrouted budget */
+    float *thresholds;     /* [block][7][3] of the present stretch */
+    float *asked_at;       /* [n_ctx] asked_bits of every position */
     mq_cache cache;
     float *cosine, *sine;  /* [n_ctx][head_dim / 2] */
     uint8_t *depths;       /* [n_ctx][block][7] */
@@ -51,5 +54,11 @@ struct mq_session {
 
 /* forward.c: tokens [n], n ≤ n_batch, at positions position .. position + n − 1; logits of the last n_logits. */
 void mq_forward(mq_session *session, const int32_t *tokens, uint32_t n, float *logits, uint32_t n_logits);
+/* forward.c: after mq_forward on n tokens: their final-norm hidden states, the last n_hidden, [n_hidden][embedding_length]. */
+void mq_forward_hidden(const mq_session *session, uint32_t n, float *hidden, uint32_t n_hidden);
+
+/* Every call that changes or copies a session takes it; a second thread gets MQ_ERR_BUSY and not a race. */
+mq_status mq_session_acquire(mq_session *session, mq_error *error);
+void mq_session_release(mq_session *session);
 
 #endif

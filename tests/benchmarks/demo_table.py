@@ -9,29 +9,28 @@ import sys
 import time
 from pathlib import Path
 
+from mobiquant.evaluation.backends import RuntimeBackend
+from mobiquant.evaluation.evaluate import Precision, score_windows, text_windows
 from runtime import Model
-from runtime.perplexity import score_text
 from runtime.sampling import SamplingSettings
 
-PRECISIONS: tuple[int | float, ...] = (2, 2.5, 3.0, 3.5, 4.0, 4, 6.0, 8)  # int: one depth; float: routed
+PRECISIONS = ("2", "2.5", "3.0", "3.5", "4.0", "4", "6.0", "8")
 _WINDOWS = 24
 _GENERATED = 128
 
 
 def main(path: Path, text: str) -> None:
     """Print one row for each precision."""
+    backend = RuntimeBackend(path)
+    windows = text_windows(backend, text, "all", count=_WINDOWS)
+    result = score_windows(backend, windows, [Precision.parse(name) for name in PRECISIONS])
+    backend.close()
     print(f"{'precision':<16}{'avg bits':>10}{'bits/weight':>13}{'perplexity':>12}{'tok/s':>9}")
     with Model(path, seed=0) as model:
-        info = model.info
-        overhead = 8 * (info.scale_bytes + info.router_bytes) / info.routed_weights
-        for bits in PRECISIONS:
-            model.bits = bits
-            before = model.stats
-            perplexity = score_text(model, text, n_windows=_WINDOWS).ppl
-            average = (model.stats - before).average_bits
-            label = f"{bits} routed" if isinstance(bits, float) else f"{bits} for all"
-            speed = generation_speed(model)
-            print(f"{label:<16}{average:>10.2f}{average + overhead:>13.2f}{perplexity:>12.2f}{speed:>9.0f}", flush=True)
+        for row in result.rows:
+            model.budget = row.precision.budget
+            figures = f"{row.bits:>10.2f}{row.bits_per_weight:>13.2f}{row.score.ppl:>12.2f}"
+            print(f"{row.precision.label:<16}{figures}{generation_speed(model):>9.0f}", flush=True)
     print(f"bits/weight counts the scales and routers that are read; perplexity over {_WINDOWS} windows.")
 
 

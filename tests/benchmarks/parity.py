@@ -18,24 +18,24 @@ from pathlib import Path
 import numpy as np
 
 from mobiquant.checkpoint import LINEARS
+from mobiquant.evaluation.scoring import log_softmax, make_windows
 from mobiquant.reference import ReferenceModel, open_reference
-from mobiquant.scoring import log_softmax, make_windows
 from mobiquant.text import clean_text
 from runtime import Model
 
-BUDGETS: tuple[int | float, ...] = (2, 4, 6, 8, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
+BUDGETS: tuple[int | float | str, ...] = (2, 4, 6, 8, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, "static:3.5")
 
 
 @dataclass
 class Parity:
-    """budget: an int is one depth for all tokens, a float is routed. kld: nats per token. worst_kld: of one token.
+    """budget: as `Model.bits` takes it. kld: nats per token. worst_kld: of one token.
 
     decisions, unequal: (token, linear) pairs. partings: per window the first token, block and linear with an unequal
     depth; whatever follows in that window computes with other weights. greedy, greedy_equal: tokens generated and
     tokens that the reference would choose too. gaps: difference of the reference's two best logits where it would not.
     """
 
-    budget: int | float
+    budget: int | float | str
     kld: float = 0.0
     worst_kld: float = 0.0
     decisions: int = 0
@@ -51,7 +51,11 @@ class Parity:
 
 
 def compare(
-    checkpoint: Path, file: Path, windows: list[np.ndarray], greedy: int, budgets: tuple[int | float, ...] = BUDGETS
+    checkpoint: Path,
+    file: Path,
+    windows: list[np.ndarray],
+    greedy: int,
+    budgets: tuple[int | float | str, ...] = BUDGETS,
 ) -> list[Parity]:
     """Compare at every budget on `windows`, int32 token arrays; then `greedy` tokens after the first 8 of the first."""
     reference = open_reference(checkpoint)
@@ -59,21 +63,14 @@ def compare(
     with Model(file) as model:
         for budget in budgets:
             result = Parity(budget)
-            _set_budget(reference, model, budget)
+            model.bits = budget
+            model.budget.apply(reference)
             klds = [_compare_window(reference, model, tokens, result) for tokens in windows]
             result.kld = float(np.concatenate(klds).mean())
             result.worst_kld = float(np.concatenate(klds).max())
             _compare_greedy(reference, model, windows[0][:8], greedy, result)
             results.append(result)
     return results
-
-
-def _set_budget(reference: ReferenceModel, model: Model, budget: int | float) -> None:
-    model.bits = budget
-    if isinstance(budget, int):
-        reference.set_depth(budget // 2)
-    else:
-        reference.set_average_bits(budget)
 
 
 def _compare_window(reference: ReferenceModel, model: Model, tokens: np.ndarray, result: Parity) -> np.ndarray:
@@ -126,15 +123,15 @@ def main() -> int:
     if options.output == "json":
         print(json.dumps([asdict(result) for result in results]))
         return 0
-    print("budget     KL (nats)  worst token  equal decisions           greedy equal  gaps where not")
+    print("budget            KL (nats)  worst token  equal decisions           greedy equal  gaps where not")
     for result in results:
-        kind = f"{result.budget} bits" if isinstance(result.budget, int) else f"{result.budget} avg"
+        kind = f"{result.budget} avg" if isinstance(result.budget, float) else f"{result.budget} bits"
         share = f"{result.equal_share:.6%} of {result.decisions}"
         gaps = ", ".join(f"{gap:.2g}" for gap in result.gaps) or "-"
         greedy = f"{result.greedy_equal}/{result.greedy}"
-        print(f"{kind:8}  {result.kld:10.2e}  {result.worst_kld:11.2e}  {share:24}  {greedy:12}  {gaps}")
+        print(f"{kind:15}  {result.kld:10.2e}  {result.worst_kld:11.2e}  {share:24}  {greedy:12}  {gaps}")
         for parting in result.partings:
-            print(f"          first unequal depth: {parting}")
+            print(f"                 first unequal depth: {parting}")
     return 0
 
 

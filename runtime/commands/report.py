@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 
 from runtime.cpu import cpu_flags
 from runtime.model import Model
-from runtime.native import ModelInfo, kernels
+from runtime.native import ModelInfo, kernels, version
 
 _SLICES = 4
 
@@ -29,9 +30,28 @@ def describe(model: Model) -> str:
         ("output head", _output(info)),
         ("bits per weight", _bits_per_weight(info)),
         ("tokenizer", _tokenizer(model)),
-        ("kernels", _kernels(model)),
-        ("cpu", " ".join(cpu_flags()) or "flags unknown"),
+        *_machine(model.kernel),
     ]
+    return _table(rows)
+
+
+def describe_machine() -> str:
+    """Lines of `label  text` about this installation: version, the kernels it would use, and why.
+
+    Raises ValueError when MOBIQUANT_KERNEL asks for kernels that this machine cannot run.
+    """
+    usable = [kernel.name for kernel in kernels() if kernel.supported]
+    active = os.environ.get("MOBIQUANT_KERNEL") or usable[0]
+    if active not in usable:
+        raise ValueError(f"MOBIQUANT_KERNEL: expected one of {', '.join(usable)}, found {active!r}")
+    return _table([("version", version()), ("python", platform.python_version()), *_machine(active)])
+
+
+def _machine(active: str) -> list[tuple[str, str]]:
+    return [("kernels", _kernels(active)), ("cpu", " ".join(cpu_flags()) or "flags unknown")]
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
 
@@ -82,14 +102,12 @@ def _tokenizer(model: Model) -> str:
     return f"{tokenizer.size} tokens, begin {begin}, end {end}, {chat} chat template"
 
 
-def _kernels(model: Model) -> str:
+def _kernels(active: str) -> str:
     asked = os.environ.get("MOBIQUANT_KERNEL")
     reason = "asked for by MOBIQUANT_KERNEL" if asked else "the best this CPU supports"
     names = []
     for kernel in kernels():
-        note = (
-            f" (active, {reason})" if kernel.name == model.kernel else "" if kernel.supported else " (not on this CPU)"
-        )
+        note = f" (active, {reason})" if kernel.name == active else "" if kernel.supported else " (not on this CPU)"
         names.append(kernel.name + note)
     return ", ".join(names)
 

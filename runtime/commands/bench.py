@@ -73,7 +73,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `bench` measures: every combination. output_bits: of the head; None: as the budget, the file's if routed."""
+    """What `bench` measures: every combination. output_bits: of the head; None: as the budget, the file's default when
+    routed or static."""
 
     prompts: Sequence[int]
     generations: Sequence[int]
@@ -96,7 +97,7 @@ def bench_file(path: Path, plan: Plan, progress: Callable[[str], None]) -> list[
     cases: list[tuple[Row, Budget]] = []
     for threads, session in sessions.items():
         for budget in plan.budgets:
-            name = f"{budget.bits:g}{' avg' if budget.routed else ''}"
+            name = f"{budget.bits:g}{' avg' if budget.routed else ' static' if budget.static else ''}"
             for pair in [(n, 0) for n in plan.prompts if n] + [(0, n) for n in plan.generations if n]:
                 cases.append((Row(path.stem, size, "CPU", session.kernel, threads, name, *pair), budget))
     for repetition in range(plan.repetitions + 1):
@@ -112,11 +113,8 @@ def bench_file(path: Path, plan: Plan, progress: Callable[[str], None]) -> list[
 
 def _run(session: NativeSession, row: Row, budget: Budget, output_bits: int | None) -> float:
     """Tokens per second of one run from an empty cache; notes the bytes read per token."""
-    if budget.routed:
-        session.set_average_bits(budget.bits)
-    else:
-        session.set_depth(budget.depth)
-    default = 0 if budget.routed else budget.depth
+    budget.apply(session)
+    default = 0 if budget.routed or budget.static else budget.depth
     session.set_output_depth(default if output_bits is None else output_bits // 2)
     session.rewind(0)
     tokens = np.random.default_rng(0).integers(0, 256, max(row.n_prompt, row.n_gen)).astype(np.int32)

@@ -13,6 +13,7 @@ import numpy as np
 
 RULES = ("all", "llama.cpp")
 _LLAMA_CPP_WINDOW = 1024  # the window of published figures under that rule
+_ROWS = 128  # tokens whose float64 probabilities are held at once: with a vocabulary of 128 k, 128 MB each
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ class Score:
             raise ValueError(f"targets: expected shape {logits.shape[:1]}, found {targets.shape}")
         if reference is not None and reference.shape != logits.shape:
             raise ValueError(f"reference: expected shape {logits.shape}, found {reference.shape}")
+        for start in range(0, len(logits), _ROWS):
+            rows = slice(start, start + _ROWS)
+            self._add_rows(logits[rows], targets[rows], None if reference is None else reference[rows])
+
+    def _add_rows(self, logits: np.ndarray, targets: np.ndarray, reference: np.ndarray | None) -> None:
         log_probs = log_softmax(logits)
         if not np.isfinite(log_probs).all():
             raise ValueError("logits: expected finite numbers, found infinity or NaN")
@@ -96,6 +102,15 @@ class Score:
             self.kld_sum += float(gap.sum(dtype=np.float64))
             self.top1_sum += int((logits.argmax(1) == reference.argmax(1)).sum())
             self.reference_tokens += len(targets)
+
+    def __iadd__(self, other: Score) -> Score:
+        """Take over the tokens that `other` has counted."""
+        self.nll += other.nll
+        self.tokens += other.tokens
+        self.reference_tokens += other.reference_tokens
+        self.kld_sum += other.kld_sum
+        self.top1_sum += other.top1_sum
+        return self
 
     @property
     def ppl(self) -> float:

@@ -1,0 +1,90 @@
+"""How deep the embedding and the output head are read by default: as little as costs under one per cent of perplexity.
+
+Both are measured alone, with the blocks in full precision, on held-out windows. Memory holds one block, the hidden
+states of five streams (the exact embedding and four depths), the head twice, and logits of a few tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from mobiquant.activations import quantize_activations
+from mobiquant.packing import SLICE_COUNT
+from mobiquant.sensitivity import position_embeddings
+from mobiquant.slices import SlicedWeight, unslice_weight
+from mobiquant.source import Source
+
+MAX_COST = 0.01
+_DEPTHS = range(1, SLICE_COUNT + 1)
+_WINDOWS = 8  # enough: all pairs of depths see the same tokens, so only the difference between them matters
+_LOGIT_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class OuterCosts:
+    """By embedding depth and head depth, float64 [4, 4]. perplexity: its growth over full precision, relative;
+    divergence: mean KL divergence from full precision, nats a token."""
+
+    perplexity: np.ndarray
+    divergence: np.ndarray
+
+    def choose(self) -> tuple[int, int]:
+        """(embedding depth, head depth), the least below MAX_COST, or the full depths.
+
+        The head's is decided first: every token reads all of the head, but one row of the embedding, which is therefore
+        never shallower. On a text that the model knows badly an error may even lower the perplexity, so the divergence,
+        which is what the perplexity would grow by on the model's own text, has to be as small.
+        """
+        cost = np.maximum(self.perplexity, self.divergence)
+        pairs = ((embedding, head) for head in _DEPTHS for embedding in _DEPTHS if embedding >= head)
+        good = (pair for pair in pairs if cost[pair[0] - 1, pair[1] - 1] < MAX_COST)
+        return next(good, (SLICE_COUNT, SLICE_COUNT))
+
+
+@torch.no_grad()
+def measure_outer(
+    source: Source, embedding: SlicedWeight, head: SlicedWeight, windows: np.ndarray, batch: int, device: torch.device
+) -> OuterCosts:
+    """Costs on the first of `windows`, int64 [windows, seq_len]. batch: windows computed together.
+
+    embedding, head: the two as sliced, on the CPU; the same object when tied.
+    """
+    ids = torch.from_numpy(windows[:_WINDOWS])
+    tables = (source.embedding(), *(unslice_weight(embedding, depth) for depth in _DEPTHS))
+    streams = [functional.embedding(ids, table) for table in tables]
+    positions = position_embeddings(source, windows.shape[1], device)
+    for index in tqdm(range(source.block_count), desc="embedding and head", unit="block"):
+        block = source.block(index).to(device)
+        for part in (part for stream in streams for part in stream.split(batch)):
+            part.copy_(block(part.to(device), position_embeddings=positions))
+    norm, full = source.final_norm().to(device), source.head().to(device)
+    sums = np.stack(
+        [_compare(streams, ids, norm, full, unslice_weight(head, depth).to(device)) for depth in _DEPTHS], axis=1
+    )
+    nll, divergence = np.moveaxis(sums / (ids.shape[0] * (ids.shape[1] - 1)), 2, 0)
+    return OuterCosts(np.expm1(nll), divergence)
+
+
+def _compare(streams: list[Tensor], ids: Tensor, norm: nn.Module, full: Tensor, head: Tensor) -> np.ndarray:
+    """float64 [4, 2], sums over tokens for the streams after the first, with `head` float32 [vocab, width]: what they
+    add to the negative log likelihood of the first stream with the head `full`, and their divergence from it."""
+    sums = np.zeros((len(streams) - 1, 2))
+    for window, targets in enumerate(ids):
+        for start in range(0, len(targets) - 1, _LOGIT_TOKENS):
+            following = targets[start + 1 : start + 1 + _LOGIT_TOKENS, None].to(head.device)
+            exact, *others = (
+                norm(stream[window, start : start + len(following)].to(head.device)) for stream in streams
+            )
+            expected = (exact @ full.T).log_softmax(-1)
+            for place, x in enumerate(others):
+                found = (quantize_activations(x).dequantized() @ head.T).log_softmax(-1)
+                missed = expected.gather(1, following) - found.gather(1, following)
+                apart = functional.kl_div(found, expected, reduction="sum", log_target=True)
+                sums[place] += missed.double().sum().item(), apart.double().item()
+    return sums

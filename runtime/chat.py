@@ -1,0 +1,161 @@
+"""Conversations to prompt tokens with the model's own chat template.
+
+The template is rendered by runtime.template in a process with limits. What people write never becomes a control token:
+a marker such as `<|eot_id|>` inside a message is cut in two before rendering, and encoded as text.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.tokens import Tokenizer
+
+Message = Mapping[str, Any]
+
+TEMPLATE_BYTES = 256 << 10
+RENDER_SECONDS = 5.0
+
+PLAIN_TEMPLATE = """{{ bos_token }}
+{%- for message in messages %}
+{%- if message.role == 'system' %}{{ message.content }}
+
+{% elif message.role == 'user' %}User: {{ message.content }}
+{% else %}Assistant: {{ message.content }}
+{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}Assistant:{% endif %}"""
+"""For a file without a template: a base model continues a written dialogue."""
+PLAIN_STOP = "\nUser:"
+
+# Unicode noncharacters: they never stand for anything in text, so one that no message uses can mark a place.
+_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from runtime.template import main; main()"
+
+
+class ChatTemplate:
+    """Renders conversations. source: the template, None for a plain written dialogue, which ends at `stop`.
+
+    Raises ValueError for a template that is too large; errors inside it appear when a conversation is rendered.
+    """
+
+    def __init__(self, source: str | None, tokenizer: Tokenizer) -> None:
+        self.stop = () if source else (PLAIN_STOP,)
+        self._source = source or PLAIN_TEMPLATE
+        self._tokenizer = tokenizer
+        self._ready: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+        size = len(self._source.encode("utf-8"))
+        if size > TEMPLATE_BYTES:
+            raise ValueError(f"chat template: expected at most {TEMPLATE_BYTES} bytes, found {size}")
+
+    def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+        """Prompt tokens of a conversation: mappings with `role` and `content`, and what else the template knows.
+
+        Content is text, or a list of {"type": "text", "text": ...}. add_generation_prompt: end where the assistant's
+        answer begins. Raises ValueError for a message without them, and when the template refuses the conversation,
+        takes longer than 5 s, or needs more memory than it may have.
+        """
+        checked = [_checked(message, index) for index, message in enumerate(messages)]
+        if not checked:
+            raise ValueError("messages: expected at least one, found none")
+        texts = list(_strings(checked))
+        mark = next((mark for mark in _MARKS if not any(mark in text for text in texts)), None)
+        if mark is None:
+            raise ValueError("messages: expected text, found every noncharacter from U+FDD0 to U+FDEF")
+        present = [marker for marker in self._tokenizer.markers if any(marker in text for text in texts)]
+        variables = {
+            "messages": _cut_markers(checked, present, mark),
+            "tools": None,  # templates ask whether these are none, not whether they are defined
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self._tokenizer.marker(self._tokenizer.bos),
+            "eos_token": self._tokenizer.marker(min(self._tokenizer.eos, default=None)),
+        }
+        parts = self._render(variables).split(mark)
+        return [token for part in parts for token in self._tokenizer.encode(part, add_bos=False, special=True) if part]
+
+    def prepare(self) -> None:
+        """Start the process that renders the next conversation, so that it is ready when one comes."""
+        with self._lock:
+            if self._ready is None:
+                self._ready = _start_renderer()
+
+    def close(self) -> None:
+        """End the process that waits for a conversation, if any."""
+        with self._lock:
+            ready, self._ready = self._ready, None
+        if ready is not None:
+            ready.kill()
+            ready.communicate()
+
+    def _render(self, variables: dict[str, Any]) -> str:
+        with self._lock:
+            process, self._ready = self._ready or _start_renderer(), None
+        request = json.dumps({"template": self._source, "variables": variables})
+        try:
+            output, _ = process.communicate(request, timeout=RENDER_SECONDS)
+        except BaseException as error:
+            process.kill()
+            process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise ValueError(f"chat template: expected a result within {RENDER_SECONDS:g} s, found none") from None
+            raise
+        try:
+            answer = json.loads(output)
+        except ValueError:  # killed by a limit
+            answer = {"error": "it was stopped at its limit of time or memory"}
+        if "error" in answer:
+            raise ValueError(f"chat template: {answer['error']}")
+        return answer["text"]
+
+
+def _start_renderer() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _START, str(Path(__file__).parent.parent)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
+        start_new_session=True,  # Ctrl-C in the terminal is for us, not for it
+    )
+
+
+def _checked(message: Message, index: int) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{where}: expected an object with role and content, found {type(message).__name__}")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise ValueError(f"{where}.role: expected a name such as user, found {role!r}")
+    if isinstance(content, list):
+        if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+            raise ValueError(f"{where}.content: expected parts of type text only, found another")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"{where}.content: expected text, found {type(content).__name__}")
+    return {**message, "role": role, "content": content}
+
+
+def _strings(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [text for part in parts for text in _strings(part)]
+
+
+def _cut_markers(value: Any, markers: Sequence[str], mark: str) -> Any:
+    """`value` with `mark` after the first character of every marker in its strings."""
+    if isinstance(value, str):
+        for marker in markers:
+            value = value.replace(marker, marker[0] + mark + marker[1:])
+        return value
+    if isinstance(value, Mapping):
+        return {key: _cut_markers(part, markers, mark) for key, part in value.items()}
+    return [_cut_markers(part, markers, mark) for part in value] if isinstance(value, list) else value

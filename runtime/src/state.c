@@ -1,0 +1,223 @@
+/* state.c: a session's cache as bytes and back. Bytes that come back are trusted less than a model file: the header names the
+ * model they belong to, a checksum covers them, and every value is checked before the session changes.
+ *
+ * header, then for positions 0..position-1: bits asked for f32 [position] (0: not routed), depths uint8 [position][block][7],
+ * keys f16 [block][kv head][position][head_dim], values alike: rows without the padding and the order they have in the cache.
+ */
+#include "error.h"
+#include "session.h"
+
+#include <inttypes.h>
+#include <string.h>
+
+typedef struct state_header {
+    uint8_t magic[8];
+    uint32_t version, position;
+    uint64_t model;    /* fingerprint */
+    uint64_t size;     /* of header and body */
+    uint64_t checksum; /* of the body */
+} state_header;
+
+static const uint8_t MAGIC[8] = {'M', 'Q', 'S', 'T', 'A', 'T', 'E', '\n'};
+enum { VERSION = 1, F16_EXPONENT = 0x7c00 };
+
+/* FNV-1a over 8 bytes at a time, the rest one by one. */
+static uint64_t hash(uint64_t value, const void *data, size_t size)
+{
+    const uint8_t *bytes = data;
+    for (; size >= sizeof(uint64_t); size -= sizeof(uint64_t), bytes += sizeof(uint64_t)) {
+        uint64_t word;
+        memcpy(&word, bytes, sizeof word);
+        value = (value ^ word) * 0x100000001b3u;
+        value ^= value >> 32; /* a multiplication alone carries nothing downwards */
+    }
+    for (; size > 0; size--, bytes++) {
+        value = (value ^ *bytes) * 0x100000001b3u;
+    }
+    return value;
+}
+
+enum { SAMPLE = 64 };
+static const uint64_t HASH_START = 0xcbf29ce484222325u;
+
+/* Sizes, norms, routers and the first bytes of every base plane: they tell calibrations of one model apart, and reading them
+ * brings little of the file into memory. */
+static uint64_t fingerprint(const mq_model *model)
+{
+    const mq_hparams *hp = &model->hparams;
+    const uint32_t shape[] = {hp->vocab_size, hp->context_length, hp->embedding_length, hp->block_count, hp->feed_forward_length,
+                              hp->head_count, hp->head_count_kv, hp->head_dim, hp->embedding_depth, hp->router_hidden};
+    const size_t width = hp->embedding_length * sizeof(float);
+    uint64_t value = hash(HASH_START, shape, sizeof shape);
+    value = hash(value, model->inv_freq, hp->head_dim / 2 * sizeof(float));
+    value = hash(value, model->output_norm, width);
+    value = hash(value, model->embedding.plane[0], SAMPLE);
+    for (uint32_t i = 0; i < hp->block_count; i++) {
+        const mq_block *block = &model->blocks[i];
+        value = hash(value, block->attn_norm, width);
+        value = hash(value, block->ffn_norm, width);
+        for (size_t j = 0; j < MQ_ROUTERS; j++) {
+            value = hash(value, block->router[j].hidden_scale, hp->router_hidden * sizeof(float));
+        }
+        for (size_t j = 0; j < MQ_LINEARS; j++) {
+            value = hash(value, block->linear[j].plane[0], SAMPLE);
+            value = hash(value, block->linear[j].scale_offset, SAMPLE);
+        }
+    }
+    return value;
+}
+
+static size_t depths_size(const mq_session *session, uint32_t position)
+{
+    return (size_t)position * session->model->hparams.block_count * MQ_LINEARS;
+}
+
+static size_t asked_size(uint32_t position)
+{
+    return position * sizeof(float);
+}
+
+/* The cache of this size was allocated, so no product here overflows. */
+static size_t state_size(const mq_session *session, uint32_t position)
+{
+    const mq_hparams *hp = &session->model->hparams;
+    const size_t rows = (size_t)hp->block_count * hp->head_count_kv * position;
+    const size_t cache = 2 * rows * hp->head_dim * sizeof(uint16_t);
+    return sizeof(state_header) + asked_size(position) + depths_size(session, position) + cache;
+}
+
+size_t mq_session_state_size(const mq_session *session)
+{
+    return state_size(session, session->position);
+}
+
+/* Keys, then values, of the positions before `position`: from the cache to `out`, or, when it is NULL, from `in` to the cache. */
+static void copy_cache(mq_session *session, uint32_t position, uint8_t *out, const uint8_t *in)
+{
+    const mq_hparams *hp = &session->model->hparams;
+    const size_t heads = (size_t)hp->block_count * hp->head_count_kv, dim = hp->head_dim, size = dim * sizeof(uint16_t);
+    for (size_t i = 0; i < heads * position; i++) {
+        uint16_t *key = mq_cache_key(&session->cache, i / position, i % position), row[MQ_MAX_HEAD_DIM];
+        uint16_t *value = mq_cache_values(&session->cache, i / position, i % position);
+        const size_t key_at = i * size, value_at = (heads * position + i) * size;
+        if (out != NULL) {
+            for (size_t j = 0; j < dim; j++) {
+                row[j] = key[j * MQ_KEY_POSITIONS];
+            }
+            memcpy(out + key_at, row, size);
+            memcpy(out + value_at, value, size);
+        } else {
+            memcpy(row, in + key_at, size);
+            for (size_t j = 0; j < dim; j++) {
+                key[j * MQ_KEY_POSITIONS] = row[j];
+            }
+            memcpy(value, in + value_at, size);
+        }
+    }
+}
+
+mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, mq_error *error)
+{
+    const mq_status status = mq_session_acquire(session, error);
+    if (status != MQ_OK) {
+        return status;
+    }
+    const size_t needed = mq_session_state_size(session);
+    if (size < needed) {
+        mq_session_release(session);
+        return mq_fail(error, MQ_ERR_ARGUMENT, "state: expected room for %zu bytes, found %zu", needed, size);
+    }
+    uint8_t *at = data + sizeof(state_header);
+    memcpy(at, session->asked_at, asked_size(session->position));
+    at += asked_size(session->position);
+    memcpy(at, session->depths, depths_size(session, session->position));
+    at += depths_size(session, session->position);
+    copy_cache(session, session->position, at, NULL);
+    state_header header = {.version = VERSION, .position = session->position, .model = fingerprint(session->model), .size = needed,
+                           .checksum = hash(HASH_START, data + sizeof header, needed - sizeof header)};
+    memcpy(header.magic, MAGIC, sizeof MAGIC);
+    memcpy(data, &header, sizeof header);
+    mq_session_release(session);
+    return MQ_OK;
+}
+
+static mq_status check_header(const mq_session *session, const uint8_t *data, size_t size, state_header *header, mq_error *error)
+{
+    if (size < sizeof *header) {
+        return mq_fail(error, MQ_ERR_FORMAT, "state: expected at least %zu bytes, found %zu", sizeof *header, size);
+    }
+    memcpy(header, data, sizeof *header);
+    if (memcmp(header->magic, MAGIC, sizeof MAGIC) != 0) {
+        return mq_fail(error, MQ_ERR_FORMAT, "state: expected the bytes of a saved session, found something else");
+    }
+    if (header->version != VERSION) {
+        return mq_fail(error, MQ_ERR_FORMAT, "state: expected version %d, found %" PRIu32, VERSION, header->version);
+    }
+    if (header->model != fingerprint(session->model)) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "state: expected one saved with %s, found another model's", session->model->path);
+    }
+    if (header->position > session->n_ctx) {
+        return mq_fail(error, MQ_ERR_CONTEXT_FULL, "state: expected at most %" PRIu32 " positions, the context, found %" PRIu32,
+                       session->n_ctx, header->position);
+    }
+    if (header->size != size || size != state_size(session, header->position)) {
+        return mq_fail(error, MQ_ERR_FORMAT, "state: expected %zu bytes for %" PRIu32 " positions, found %zu",
+                       state_size(session, header->position), header->position, size);
+    }
+    if (header->checksum != hash(HASH_START, data + sizeof *header, size - sizeof *header)) {
+        return mq_fail(error, MQ_ERR_FORMAT, "state: the bytes were altered: their checksum is another");
+    }
+    return MQ_OK;
+}
+
+/* The values of a state whose header holds: a forged one may carry any checksum. */
+static mq_status check_body(const mq_session *session, const uint8_t *data, size_t size, uint32_t position, mq_error *error)
+{
+    size_t at = sizeof(state_header);
+    for (const size_t end = at + asked_size(position); at < end; at += sizeof(float)) {
+        float bits;
+        memcpy(&bits, data + at, sizeof bits);
+        if (!(bits == 0.0f || (bits >= (float)MQ_SLICE_BITS && bits <= (float)(MQ_SLICE_BITS * MQ_SLICE_COUNT)))) {
+            return mq_fail(error, MQ_ERR_FORMAT, "state: expected average bits of 0 or from 2 to 8, found %g", (double)bits);
+        }
+    }
+    const size_t cache = at + depths_size(session, position);
+    for (; at < cache; at++) {
+        if (data[at] < 1 || data[at] > MQ_SLICE_COUNT) {
+            return mq_fail(error, MQ_ERR_FORMAT, "state: expected depths from 1 to %d, found %d", MQ_SLICE_COUNT, data[at]);
+        }
+    }
+    for (; at < size; at += sizeof(uint16_t)) {
+        uint16_t half;
+        memcpy(&half, data + at, sizeof half);
+        if ((half & F16_EXPONENT) == F16_EXPONENT) {
+            return mq_fail(error, MQ_ERR_FORMAT, "state: expected finite keys and values, found one that is not");
+        }
+    }
+    return MQ_OK;
+}
+
+mq_status mq_session_state_set(mq_session *session, const uint8_t *data, size_t size, mq_error *error)
+{
+    state_header header;
+    mq_status status = check_header(session, data, size, &header, error);
+    if (status == MQ_OK) {
+        status = check_body(session, data, size, header.position, error);
+    }
+    if (status == MQ_OK) {
+        status = mq_session_acquire(session, error);
+    }
+    if (status != MQ_OK) {
+        return status;
+    }
+    const uint8_t *at = data + sizeof header;
+    memcpy(session->asked_at, at, asked_size(header.position));
+    at += asked_size(header.position);
+    memcpy(session->depths, at, depths_size(session, header.position));
+    at += depths_size(session, header.position);
+    copy_cache(session, header.position, NULL, at);
+    session->position = header.position;
+    session->stretch_end = 0; /* thresholds are found anew */
+    mq_session_release(session);
+    return MQ_OK;
+}
