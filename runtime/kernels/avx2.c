@@ -13,7 +13,7 @@
 
 #include "x86_256.h"
 
-enum { SLICES_PER_CODE = 2, CODE_BIAS = 0, CHUNK = 8, BLOCK = 4, UNROLL = 8 };
+enum { SLICES_PER_CODE = 2, CODE_BIAS = 0, CHUNK = 8, BLOCK = 4, UNROLL = 8, TILES_AHEAD = 20 };
 
 typedef __m256i acc;
 

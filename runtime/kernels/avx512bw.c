@@ -12,7 +12,7 @@
 
 #include "x86_512.h"
 
-enum { SLICES_PER_CODE = 2, CODE_BIAS = 0, CHUNK = 8, BLOCK = 8, UNROLL = 8 };
+enum { SLICES_PER_CODE = 2, CODE_BIAS = 0, CHUNK = 8, BLOCK = 8, UNROLL = 8, TILES_AHEAD = 12 };
 
 typedef __m512i acc;
 

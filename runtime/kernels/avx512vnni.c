@@ -12,7 +12,7 @@
 
 #include "x86_512.h"
 
-enum { SLICES_PER_CODE = 4, CODE_BIAS = 0, CHUNK = MQ_GROUP_SIZE / 4, BLOCK = 8, UNROLL = 8 };
+enum { SLICES_PER_CODE = 4, CODE_BIAS = 0, CHUNK = MQ_GROUP_SIZE / 4, BLOCK = 8, UNROLL = 8, TILES_AHEAD = 12 };
 
 typedef __m512i acc;
 

@@ -14,7 +14,7 @@
 
 #include "x86_256.h"
 
-enum { SLICES_PER_CODE = 4, CODE_BIAS = 0, CHUNK = MQ_GROUP_SIZE / 4, BLOCK = 4, UNROLL = 8 };
+enum { SLICES_PER_CODE = 4, CODE_BIAS = 0, CHUNK = MQ_GROUP_SIZE / 4, BLOCK = 4, UNROLL = 8, TILES_AHEAD = 20 };
 
 typedef __m256i acc;
 

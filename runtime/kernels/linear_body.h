@@ -19,6 +19,8 @@
  *   CHUNK            steps of 4-bit codes whose products an acc holds exactly; STEPS where there is no limit
  *   BLOCK            tokens multiplied together
  *   UNROLL           vectors of a tile in straight code
+ *   TILES_AHEAD      512-byte tiles in flight over all planes: the hardware prefetcher stops at every page, so they are asked
+ *                    for early
  */
 #include "kernels.h"
 #include "keys.h"
@@ -168,9 +170,7 @@ static inline size_t rows_of(const mq_matrix *w, size_t tile)
 INLINE void matvec_depth(const mq_matrix *w, uint32_t depth, const int8_t *q, const float *scale, const float *sum,
                                 size_t tile_begin, size_t tile_end, float *y)
 {
-    /* The hardware prefetcher stops at every page, so tiles are asked for early: 10 kB in flight over all planes, which
-     * was the fastest of 3, 6, 10 and 16 kB with AVX2 and AVX-VNNI. */
-    const size_t tiles_ahead = 20 / depth;
+    const size_t tiles_ahead = TILES_AHEAD / depth;
     const float factor = mq_depth_factor(depth);
     for (size_t tile = tile_begin; tile < tile_end; tile++) {
         v16 rows = v_zero();

@@ -7,7 +7,7 @@
 
 #include "neon.h"
 
-enum { SLICES_PER_CODE = 2, CODE_BIAS = 0, CHUNK = 16, BLOCK = 2, UNROLL = 1 };
+enum { SLICES_PER_CODE = 2, CODE_BIAS = 0, CHUNK = 16, BLOCK = 2, UNROLL = 1, TILES_AHEAD = 20 };
 
 typedef struct acc {
     int16x8_t low, high; /* a product each; four neighbours are one row */

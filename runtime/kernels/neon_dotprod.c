@@ -17,7 +17,7 @@
 
 #include "neon.h"
 
-enum { SLICES_PER_CODE = 4, CODE_BIAS = 128, CHUNK = MQ_GROUP_SIZE / 4, BLOCK = 4, UNROLL = 1 };
+enum { SLICES_PER_CODE = 4, CODE_BIAS = 128, CHUNK = MQ_GROUP_SIZE / 4, BLOCK = 4, UNROLL = 1, TILES_AHEAD = 20 };
 
 typedef int32x4_t acc;
 

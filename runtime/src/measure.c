@@ -10,7 +10,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { PASS_BYTES = 400000000, CHUNK = 1 << 20, WORDS_AT_ONCE = 16 };
+enum { PASS_BYTES = 400000000, CHUNK = 1 << 20, WORDS_AT_ONCE = 32, LINE_WORDS = 8, AHEAD = 8192 };
 
 static double now(void)
 {
@@ -43,6 +43,9 @@ static void read_chunk(void *argument, size_t item, uint32_t thread)
     const size_t end = begin + CHUNK / sizeof(uint64_t) < context->count ? begin + CHUNK / sizeof(uint64_t) : context->count;
     uint64_t sums[WORDS_AT_ONCE] = {0};
     for (size_t i = begin; i + WORDS_AT_ONCE <= end; i += WORDS_AT_ONCE) {
+        for (size_t j = 0; j < WORDS_AT_ONCE; j += LINE_WORDS) {
+            __builtin_prefetch(context->words + i + j + AHEAD / sizeof(uint64_t));
+        }
         for (size_t j = 0; j < WORDS_AT_ONCE; j++) {
             sums[j] ^= context->words[i + j];
         }
