@@ -107,6 +107,7 @@ class NativeModel:
         _check(lib.mq_model_open(str(path).encode(), options, handle, error), error)
         self._handle = handle[0]
         self._close = weakref.finalize(self, lib.mq_model_close, self._handle)
+        self._close.atexit = False  # a daemon thread may still compute then
         self._users = 0
         self._users_lock = threading.Lock()
 
@@ -173,6 +174,7 @@ class NativeSession:
         self._raw_handle = handle[0]
         self._block_count = model.info().block_count
         self._close = weakref.finalize(self, lib.mq_session_close, self._raw_handle)
+        self._close.atexit = False
 
     @property
     def _handle(self) -> Any:
