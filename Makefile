@@ -12,8 +12,8 @@ ARM_CC ?= aarch64-linux-gnu-gcc
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 NATIVE := runtime/_native.abi3.so
-C_SOURCES := $(wildcard runtime/src/*.c runtime/kernels/*.c)
-C_HEADERS := $(wildcard runtime/include/*.h runtime/src/*.h runtime/kernels/*.h)
+C_SOURCES := $(wildcard runtime/src/*.c runtime/kernels/*.c runtime/program/*.c)
+C_HEADERS := $(wildcard runtime/include/*.h runtime/src/*.h runtime/kernels/*.h runtime/program/*.h)
 # -O2: without it gcc makes macros of some intrinsics, whose own conversions would be reported here.
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wconversion -Werror
 

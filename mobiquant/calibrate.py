@@ -52,6 +52,7 @@ from mobiquant.slices import SlicedWeight, slice_weight
 from mobiquant.source import Source
 from mobiquant.static import static_order
 from mobiquant.thresholds import RouterScores, budget_cuts
+from runtime.files import remove_leftovers
 
 STATE_FILE = "calibration.json"
 _SENSITIVITY_FILE = "sensitivity.safetensors"
@@ -93,6 +94,7 @@ def calibrate(source: Source, folder: Path, text: str, settings: CalibrationSett
     calibration = _Calibration(source, folder, settings, windows)
     _claim_folder(folder, _fingerprint(source, text, settings), restart)
     if (folder / INDEX_FILE).is_file():
+        _remove_work_files(folder)
         return
     torch.use_deterministic_algorithms(True, warn_only=True)
     calibration.run()
@@ -296,20 +298,22 @@ class _Calibration:
         outer[STATIC_ORDER] = static_order(expected_gains(scores))
         outer[ROTARY_FREQUENCIES] = self.source.rotary().inv_freq.numpy()
         write_tensors(self.folder / OUTER_FILE, outer)
-        for path in _work_files(self.folder):
-            path.unlink()
         files = [*(block_file(index) for index in range(count)), OUTER_FILE]
         finish_checkpoint(self.folder, self.source.path, self.source.content, quantization, files)
+        _remove_work_files(self.folder)  # not before: a run that is stopped here goes on from them
 
 
 def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -> None:
     """Make the folder ours: new or empty, or an earlier run with the same fingerprint."""
     state = folder / STATE_FILE
+    remove_leftovers(folder, STATE_FILE)
     if restart and state.is_file():
-        for path in (*folder.glob("block-*.safetensors"), *_work_files(folder)):
-            path.unlink()
-        for name in (OUTER_FILE, INDEX_FILE, CONFIG_FILE, STATE_FILE):
-            (folder / name).unlink(missing_ok=True)
+        # In this order, so that nobody takes what a killed restart leaves for a checkpoint, or goes on from it.
+        (folder / INDEX_FILE).unlink(missing_ok=True)
+        write_json(state, {})
+        _remove_work_files(folder)
+        for path in (*folder.glob("block-*.safetensors"), folder / OUTER_FILE, folder / CONFIG_FILE):
+            path.unlink(missing_ok=True)
     elif state.is_file():
         try:
             found = json.loads(state.read_text(encoding="utf-8"))
@@ -328,8 +332,10 @@ def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -
     write_json(state, fingerprint)
 
 
-def _work_files(folder: Path) -> list[Path]:
-    return [path for pattern in _WORK_FILES for path in folder.glob(pattern)]
+def _remove_work_files(folder: Path) -> None:
+    remove_leftovers(folder)
+    for path in (path for pattern in _WORK_FILES for path in folder.glob(pattern)):
+        path.unlink(missing_ok=True)
 
 
 def _fingerprint(source: Source, text: str, settings: CalibrationSettings) -> dict[str, object]:

@@ -61,7 +61,7 @@ class SamplingSettings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        positive = np.finfo(np.float32).tiny
+        positive = float(np.finfo(np.float32).tiny)
         limits = {
             "temperature": (0, np.inf),
             "top_k": (0, np.inf),

@@ -55,21 +55,21 @@ class RuntimeBackend:
     def __init__(self, path: Path, *, n_ctx: int = 0, n_threads: int | None = None) -> None:
         from runtime.model import Model
 
-        self._model = Model(path, n_ctx=n_ctx, n_threads=n_threads)
-        self._highest = self._model.budget
-        info = self._model.info
-        self.tokenizer = self._model.tokenizer
-        self.n_ctx = self._model.n_ctx
+        self.model = Model(path, n_ctx=n_ctx, n_threads=n_threads)
+        self._highest = self.model.budget
+        info = self.model.info
+        self.tokenizer = self.model.tokenizer
+        self.n_ctx = self.model.n_ctx
         self.scale_bits = 8 * info.scale_bytes / info.routed_weights
         self.router_bits = 8 * info.router_bytes / info.routed_weights
         self.bits_read = float("nan")
 
     def set_budget(self, budget: Budget | None) -> None:
-        self._model.budget = budget or self._highest
-        self._model.reset()
+        self.model.budget = budget or self._highest
+        self.model.reset()
 
     def predict(self, tokens: np.ndarray, first: int) -> Iterator[np.ndarray]:
-        model, before, last = self._model, self._model.stats, len(tokens) - 1
+        model, before, last = self.model, self.model.stats, len(tokens) - 1
         cached = model.reuse(tokens[:first].tolist())
         if cached < first - 1:
             model.eval(tokens[cached : first - 1])
@@ -78,7 +78,7 @@ class RuntimeBackend:
         self.bits_read = (model.stats - before).average_bits
 
     def close(self) -> None:
-        self._model.close()
+        self.model.close()
 
 
 def open_backend(path: Path, *, device: str = "cpu", n_ctx: int = 0, n_threads: int | None = None) -> Backend:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mobiquant.evaluation.backends import Backend, open_backend
+from mobiquant.evaluation.backends import Backend, RuntimeBackend, open_backend
 from mobiquant.evaluation.baselines import Baseline, read_baselines
 from mobiquant.evaluation.evaluate import DEFAULT_BUDGETS, FULL, Precision, TextResult, score_windows, text_windows
 from mobiquant.evaluation.plot import check_plot, draw
@@ -213,10 +213,16 @@ def _answer_tasks(
 
 def _open(stack: ExitStack, path: Path, args: argparse.Namespace) -> Backend:
     """A model that `stack` closes."""
+    device = getattr(args, "device", "cpu")  # `perplexity` has no such flag
     if path.is_dir():
         prepare_torch(args.threads)
-    device = getattr(args, "device", "cpu")  # `perplexity` has no such flag
-    return stack.enter_context(closing(open_backend(path, device=device, n_threads=args.threads)))
+        return stack.enter_context(closing(open_backend(path, device=device, n_threads=args.threads)))
+    from runtime.commands.faults import watch
+
+    watch(path)
+    backend = stack.enter_context(closing(RuntimeBackend(path, n_threads=args.threads)))
+    watch(path, backend.model)
+    return backend
 
 
 def _check_counts(args: argparse.Namespace, *names: str) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.budget import Budget
+from runtime.commands.faults import watch
 from runtime.native import NativeModel, NativeSession, measure_matvec, measure_read
 
 READ_BYTES = 400_000_000
@@ -87,7 +88,9 @@ class Plan:
 
 def bench_file(path: Path, plan: Plan, progress: Callable[[str], None]) -> list[Row]:
     """Measure a file. Raises MobiQuantError for a bad file or option."""
+    watch(path)
     model = NativeModel(path, allow_partial=False, mmap=True)
+    watch(path, model)
     context = min(model.info().context_length, max(*plan.prompts, *plan.generations, 1))
     sessions = {
         threads: NativeSession(model, n_ctx=context, n_threads=threads, n_batch=_BATCH, kernel=plan.kernel)

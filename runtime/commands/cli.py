@@ -99,8 +99,10 @@ def info_command(args: argparse.Namespace) -> int:
     if args.model is None:
         print(describe_machine())
         return 0
+    from runtime.commands.faults import watch
     from runtime.model import Model
 
+    watch(args.model)
     with Model(args.model, n_ctx=1, n_threads=1, n_batch=1, allow_partial=True) as model:
         print(describe(model))
     return 0

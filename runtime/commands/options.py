@@ -77,6 +77,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def open_model(args: argparse.Namespace) -> Model:
     """The model that the flags of `add_model_options` ask for."""
+    from runtime.commands.faults import watch
     from runtime.model import Model
 
     path = args.model
@@ -85,8 +86,9 @@ def open_model(args: argparse.Namespace) -> Model:
 
         repository, _, filename = args.hf_repo.partition(":")
         path = download(repository, filename or None)
+    watch(path)
     try:
-        return Model(
+        model = Model(
             path,
             n_ctx=args.ctx_size,
             n_threads=args.threads,
@@ -102,6 +104,8 @@ def open_model(args: argparse.Namespace) -> Model:
         if error.status != "MQ_ERR_TRUNCATED" or args.partial:
             raise
         raise MobiQuantError(f"{error}; try --partial", error.status) from error
+    watch(path, model)
+    return model
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
