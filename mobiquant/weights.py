@@ -117,7 +117,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if missing:
             raise WeightError(
                 f"{folder}: expected the {len(files)} files of {INDEX_FILE}, found no {', '.join(missing[:3])}"
-                + (f" and {len(missing) - 3} more missing" if len(missing) > 3 else "")
+                + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             )
         return found
     if not (folder / SINGLE_FILE).is_file():
