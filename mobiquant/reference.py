@@ -22,6 +22,7 @@ from mobiquant.linear import Precision, SliceEmbedding, SliceLinear
 from mobiquant.models import linear_shapes, load_block, load_slices, parse_config
 from mobiquant.packing import SLICE_BITS, SLICE_COUNT
 from mobiquant.static import RAISES, static_depths
+from mobiquant.windows import sliding_windows
 
 
 class ReferenceModel:
@@ -55,6 +56,7 @@ class ReferenceModel:
         self._exact = exact
         self._average_bits = float(SLICE_BITS * SLICE_COUNT)
         self._depths: list[np.ndarray] = []
+        self._windows = sliding_windows(config.to_dict(), len(blocks))
         self._scale = float(np.float32(1.0) / np.sqrt(np.float32(config.head_dim)))
         self._sizes = np.array([rows * columns for rows, columns in linear_shapes(config).values()])
 
@@ -106,8 +108,8 @@ class ReferenceModel:
         for begin, end in self._stretches(len(tokens)):
             x = embedded[begin:end]
             cosine, sine = (table[begin:end] for table in rope_tables(self._inverse_frequencies, end))
-            for block, cache in zip(self._blocks, caches, strict=True):
-                x = self._run_block(block, x, cosine, sine, cache)
+            for block, cache, window in zip(self._blocks, caches, self._windows, strict=True):
+                x = self._run_block(block, x, cosine, sine, cache, window)
             outputs.append(x)
             self._depths.append(self._recorded())
         return self._head(rms_norm(torch.cat(outputs), self._norm, self.config.rms_norm_eps)).cpu().numpy()
@@ -132,7 +134,9 @@ class ReferenceModel:
         stacked = torch.stack([torch.stack([recorded[b, i] for i in range(len(LINEARS))], 1) for b in blocks], 1)
         return stacked.cpu().numpy()
 
-    def _run_block(self, block: nn.Module, x: Tensor, cosine: Tensor, sine: Tensor, cache: _Cache) -> Tensor:
+    def _run_block(
+        self, block: nn.Module, x: Tensor, cosine: Tensor, sine: Tensor, cache: _Cache, window: int
+    ) -> Tensor:
         """One decoder block on the residual stream x, float32 [tokens, width], after the tokens in `cache`."""
         attention, mlp = block.self_attn, block.mlp
         normed = rms_norm(x, block.input_layernorm.weight, self.config.rms_norm_eps)
@@ -143,15 +147,16 @@ class ReferenceModel:
         query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         shared = query.shape[0] // key.shape[0]
         key, value = (cached.repeat_interleave(shared, dim=0) for cached in cache.extend(key, value))
-        x = x + attention.o_proj(self._attend(query, key, value).transpose(0, 1).flatten(1))
+        x = x + attention.o_proj(self._attend(query, key, value, window).transpose(0, 1).flatten(1))
         normed = rms_norm(x, block.post_attention_layernorm.weight, self.config.rms_norm_eps)
         return x + mlp.down_proj(silu_times(mlp.gate_proj(normed), mlp.up_proj(normed)))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
         if self._exact:
-            return causal_attention(query, key, value, self._scale)
-        seen = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
-        seen = seen.tril(key.shape[1] - query.shape[1])
+            return causal_attention(query, key, value, self._scale, window)
+        before = key.shape[1] - query.shape[1]
+        seen = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device).tril(before)
+        seen = seen.triu(before - window + 1) if window else seen
         batch = (part.unsqueeze(0) for part in (query, key, value))
         return functional.scaled_dot_product_attention(*batch, attn_mask=seen, scale=self._scale).squeeze(0)
 

@@ -213,6 +213,11 @@ class Model:
         return self._session.position
 
     @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values that the cache has room for."""
+        return self._session.cache_bytes
+
+    @property
     def stats(self) -> Stats:
         """Sums since the model was opened; subtract two to measure what lies between."""
         return self._session.stats
@@ -276,6 +281,8 @@ class Model:
             if token != cached or not (any_budget or budget == self._budget):
                 break
             count += 1
+        if count < min(self._session.rewind_floor, self.position):  # a sliding window has left what comes before
+            count = 0
         self._rewind(count)
         return count
 

@@ -245,6 +245,16 @@ class NativeSession:
             error,
         )
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values it has room for."""
+        return lib.mq_session_cache_bytes(self._handle)
+
+    @property
+    def rewind_floor(self) -> int:
+        """The least position above 0 that `rewind` accepts; 0: every position."""
+        return lib.mq_session_rewind_floor(self._handle)
+
     def rewind(self, position: int) -> None:
         """Forget every position from `position` on."""
         error = ffi.new("mq_error *")

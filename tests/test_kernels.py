@@ -226,7 +226,9 @@ def test_rope_gives_the_same_bits(fast, head_dim: int) -> None:
     np.testing.assert_allclose(results[1], expected, rtol=1e-5, atol=1e-6)
 
 
-def attend(table, query: np.ndarray, key: np.ndarray, value: np.ndarray, seen: int, scale: float) -> np.ndarray:
+def attend(
+    table, query: np.ndarray, key: np.ndarray, value: np.ndarray, seen: int, scale: float, window: int = 0
+) -> np.ndarray:
     """The parts of queries [tokens, heads, head_dim] over one chunk; key, value: f16 [positions, head_dim]."""
     tokens, heads, head_dim = query.shape
     padding = ((0, -len(key) % LANES), (0, -head_dim % LANES))
@@ -236,6 +238,7 @@ def attend(table, query: np.ndarray, key: np.ndarray, value: np.ndarray, seen: i
     queries = ffi.new("mq_queries *")
     queries.query, queries.tokens, queries.heads = pointer(operands[0], "float"), tokens, heads
     queries.token_stride, queries.head_dim, queries.scale = heads * head_dim, head_dim, scale
+    queries.window = window
     table.attend(
         queries, seen, pointer(operands[1], "uint16_t"), pointer(operands[2], "uint16_t"), pointer(part, "float")
     )
@@ -269,6 +272,26 @@ def test_attention_gives_the_same_bits_and_each_token_sees_its_past(fast, positi
             past = slice(0, seen + token)
             expected = softmax_reference(query[token], key[past], value[past], 0.125)
             np.testing.assert_allclose(softmax_of(parts[1][token], head_dim), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [36, 64, 128])
+@pytest.mark.parametrize("window", [1, 3, 17, 100, 255])
+def test_attention_in_a_window_sees_its_last_positions_alone(fast, window: int, head_dim: int) -> None:
+    """What has left the window may be anything: in a ring other positions lie there."""
+    rng = np.random.default_rng(window)
+    for positions, behind in ((256, 0), (256, min(window, 9) - 1), (200, 0), (131, 0)):
+        key, value = (rng.normal(size=(positions, head_dim)).astype(np.float16) for _ in range(2))
+        for tokens, heads in ((1, 1), (1, 4), (3, 5), (8, 2), (7, 1)):
+            seen = positions + behind - tokens + 1  # of the first token; the last one's window may begin at the end
+            first = max(0, seen - window)
+            key[:first], value[:first] = np.nan, np.inf
+            query = rng.normal(size=(tokens, heads, head_dim)).astype(np.float32) * 3
+            parts = [attend(table, query, key, value, seen, 0.125, window) for table in (fast, SCALAR)]
+            assert same_bits(*parts)
+            for token in range(tokens):
+                visible = slice(max(0, seen + token - window), min(seen + token, positions))
+                expected = softmax_reference(query[token], key[visible], value[visible], 0.125)
+                np.testing.assert_allclose(softmax_of(parts[1][token], head_dim), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("head_dim", [36, 64])

@@ -27,7 +27,8 @@ typedef enum mq_status {
     MQ_ERR_ARGUMENT,     /* a bad argument: token id, budget, option */
     MQ_ERR_CONTEXT_FULL, /* the tokens do not fit in the context that is left */
     MQ_ERR_THREAD,       /* a thread could not be started */
-    MQ_ERR_BUSY          /* the session is in use by another thread */
+    MQ_ERR_BUSY,         /* the session is in use by another thread */
+    MQ_ERR_FORGOTTEN     /* a rewind to where a sliding window has left the cache */
 } mq_status;
 
 typedef struct mq_error {
@@ -109,8 +110,13 @@ mq_status mq_session_set_output_depth(mq_session *session, uint32_t depth, mq_er
 mq_status mq_session_eval(mq_session *session, const int32_t *tokens, size_t n, float *logits, size_t n_logits, mq_error *error);
 uint32_t mq_session_position(const mq_session *session);
 uint32_t mq_session_context(const mq_session *session); /* n_ctx */
-/* Forget every position from `position` on. */
+size_t mq_session_cache_bytes(const mq_session *session); /* of keys and values */
+/* Forget every position from `position` on. A model with a sliding window keeps the window and a batch of past positions in
+ * the blocks that have it: MQ_ERR_FORGOTTEN for a position above 0 and below mq_session_rewind_floor. */
 mq_status mq_session_rewind(mq_session *session, uint32_t position, mq_error *error);
+/* The least position above 0 that mq_session_rewind accepts; 0: every position. At least n_batch tokens can be taken back, after
+ * mq_session_state_set one. */
+uint32_t mq_session_rewind_floor(const mq_session *session);
 void mq_session_get_stats(const mq_session *session, mq_stats *stats);
 /* Depths that tokens at positions first..first+n-1 read: uint8 [n][block_count][7], linears in the order q, k, v, output,
  * gate, up, down. */

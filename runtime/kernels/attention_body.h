@@ -10,6 +10,8 @@
  *   SCORES  registers of scores that grow side by side: QUERIES or a multiple of it
  *   VALUES  registers of values read at once
  */
+#include <stdbool.h>
+
 enum { QUERIES = 4 };
 
 /* How far ahead bytes are asked for, in f16: the hardware prefetcher stops at every page. Of 2 to 16 kB, 8 and 16 were the
@@ -44,38 +46,44 @@ INLINE void score_blocks(size_t queries, size_t blocks, const float *const query
     }
 }
 
-/* Scores become weights; the part's tail gets their sum and the largest score. */
-static void weigh(float *score, size_t seen, float *tail)
+/* Scores of positions from .. seen − 1 become weights; the part's tail gets their sum and the largest score. */
+static void weigh(float *score, size_t from, size_t seen, float *tail)
 {
-    const size_t whole = seen - seen % LANES;
+    const size_t start = from - from % LANES, whole = seen - seen % LANES;
+    for (size_t p = start; p < from; p++) {
+        score[p] = -INFINITY;
+    }
     for (size_t p = seen; p % LANES != 0; p++) {
         score[p] = -INFINITY;
     }
     v16 largest = v_set(-INFINITY), total = v_zero();
-    for (size_t p = 0; p < seen; p += LANES) {
+    for (size_t p = start; p < seen; p += LANES) {
         largest = v_max(v_load(score + p), largest);
     }
     const float most = v_max_fold(largest);
-    for (size_t p = 0; p < seen; p += LANES) {
+    for (size_t p = start; p < seen; p += LANES) {
         v_store(score + p, v_exponential(v_sub(v_load(score + p), v_set(most))));
     }
-    for (size_t p = 0; p < whole; p += LANES) {
+    for (size_t p = start; p < from; p++) { /* what is not seen adds 0, not exp(−87) */
+        score[p] = 0.0f;
+    }
+    for (size_t p = start; p < whole; p += LANES) {
         total = v_add(total, v_load(score + p));
     }
-    if (whole < seen) { /* lanes past the end add 0, not exp(−87) */
+    if (whole < seen) { /* nor do lanes past the end */
         total = v_add(total, v_load_part(score + whole, seen - whole));
     }
     tail[MQ_PART_TOTAL] = v_fold(total);
     tail[MQ_PART_LARGEST] = most;
 }
 
-/* sum[q][0 .. 16·count − 1] = Σ weight·value over positions from .. to − 1, added to what is there unless from is 0. */
+/* sum[q][0 .. 16·count − 1] = Σ weight·value over positions from .. to − 1, added to what is there unless `anew`. */
 INLINE void add_values(size_t queries, size_t count, const float *weight, const uint16_t *value, size_t stride, size_t from,
-                       size_t to, float *const sum[QUERIES], size_t first)
+                       size_t to, float *const sum[QUERIES], size_t first, bool anew)
 {
     v16 total[QUERIES * VALUES];
     for (size_t i = 0; i < queries * count; i++) {
-        total[i] = from == 0 ? v_zero() : v_load(sum[i / count] + first + i % count * LANES);
+        total[i] = anew ? v_zero() : v_load(sum[i / count] + first + i % count * LANES);
     }
     for (size_t p = from; p < to; p++) {
         v16 v[VALUES];
@@ -95,25 +103,36 @@ INLINE void add_values(size_t queries, size_t count, const float *weight, const 
     }
 }
 
-/* Positions that all the queries see, together; then for each query those that it sees alone. */
+/* What a query sees of a chunk: positions from .. to − 1. */
+typedef struct span {
+    size_t from, to;
+} span;
+
+/* Positions that all the queries see, together; before and after them, for each query those that it does not share. */
 INLINE void sum_values(size_t queries, size_t count, const float *weight, const uint16_t *value, size_t stride,
-                       const size_t seen[QUERIES], float *const sum[QUERIES], size_t first)
+                       const span seen[QUERIES], float *const sum[QUERIES], size_t first)
 {
-    add_values(queries, count, weight, value, stride, 0, seen[0], sum, first);
-    for (size_t q = 1; q < queries; q++) {
-        if (seen[q] > seen[0]) {
-            add_values(1, count, weight + q * MQ_ATTENTION_CHUNK, value, stride, seen[0], seen[q], sum + q, first);
+    const size_t from = seen[queries - 1].from, to = seen[0].to > from ? seen[0].to : from;
+    const bool early = seen[0].from < from;
+    for (size_t q = 0; q < queries && early; q++) {
+        const size_t end = seen[q].to < from ? seen[q].to : from;
+        add_values(1, count, weight + q * MQ_ATTENTION_CHUNK, value, stride, seen[q].from, end, sum + q, first, true);
+    }
+    add_values(queries, count, weight, value, stride, from, to, sum, first, !early);
+    for (size_t q = 0; q < queries; q++) {
+        if (seen[q].to > to) {
+            add_values(1, count, weight + q * MQ_ATTENTION_CHUNK, value, stride, to, seen[q].to, sum + q, first, false);
         }
     }
 }
 
 /* Queries in order of what they see. */
-INLINE void attend_together(size_t queries, const float *const query[QUERIES], const size_t seen[QUERIES], float scale, size_t dim,
+INLINE void attend_together(size_t queries, const float *const query[QUERIES], const span seen[QUERIES], float scale, size_t dim,
                             const uint16_t *key, const uint16_t *value, float *const part[QUERIES])
 {
     _Alignas(64) float weight[QUERIES * MQ_ATTENTION_CHUNK];
-    const size_t blocks = (seen[queries - 1] + LANES - 1) / LANES, at_once = SCORES / queries, padded = mq_padded_dim(dim);
-    size_t b = 0;
+    const size_t blocks = (seen[queries - 1].to + LANES - 1) / LANES, at_once = SCORES / queries, padded = mq_padded_dim(dim);
+    size_t b = seen[0].from / LANES;
     for (; b + at_once <= blocks; b += at_once) {
         score_blocks(queries, at_once, query, key + b * dim * LANES, dim, scale, weight + b * LANES);
     }
@@ -121,7 +140,7 @@ INLINE void attend_together(size_t queries, const float *const query[QUERIES], c
         score_blocks(queries, 1, query, key + b * dim * LANES, dim, scale, weight + b * LANES);
     }
     for (size_t q = 0; q < queries; q++) {
-        weigh(weight + q * MQ_ATTENTION_CHUNK, seen[q], part[q] + padded);
+        weigh(weight + q * MQ_ATTENTION_CHUNK, seen[q].from, seen[q].to, part[q] + padded);
     }
     size_t first = 0;
     for (; first + VALUES * LANES <= padded; first += VALUES * LANES) {
@@ -139,12 +158,12 @@ static void attend(const mq_queries *queries, size_t seen, const uint16_t *key, 
         const size_t left = count - first, n = left >= QUERIES ? QUERIES : left >= 2 ? 2 : 1;
         const float *query[QUERIES];
         float *parts[QUERIES];
-        size_t sees[QUERIES];
+        span sees[QUERIES];
         for (size_t q = 0; q < n; q++) {
             const size_t token = (first + q) / queries->heads, head = (first + q) % queries->heads;
             query[q] = queries->query + token * queries->token_stride + head * dim;
             parts[q] = part + (first + q) * mq_part_floats(dim);
-            sees[q] = seen + token < MQ_ATTENTION_CHUNK ? seen + token : MQ_ATTENTION_CHUNK;
+            sees[q] = (span){mq_seen_from(queries, seen + token), mq_seen_to(seen + token)};
         }
         switch (n) { /* a constant number keeps sums in registers */
         case QUERIES: attend_together(QUERIES, query, sees, queries->scale, dim, key, value, parts); break;

@@ -164,12 +164,13 @@ static void rope(float *head, const float *cosine, const float *sine, size_t hea
     }
 }
 
-static void attend_one(const mq_queries *queries, const float *query, size_t seen, const uint16_t *key, const uint16_t *value,
-                       float *part)
+/* Over positions from .. seen − 1 of the chunk. */
+static void attend_one(const mq_queries *queries, const float *query, size_t from, size_t seen, const uint16_t *key,
+                       const uint16_t *value, float *part)
 {
     const size_t dim = queries->head_dim, padded = mq_padded_dim(dim);
     float weight[MQ_ATTENTION_CHUNK], lanes[LANES] = {0}, largest = -INFINITY;
-    for (size_t p = 0; p < seen; p++) {
+    for (size_t p = from; p < seen; p++) {
         const uint16_t *k = key + p / LANES * LANES * dim + p % LANES;
         float dot = 0.0f;
         for (size_t i = 0; i < dim; i++) {
@@ -178,13 +179,13 @@ static void attend_one(const mq_queries *queries, const float *query, size_t see
         weight[p] = dot * queries->scale;
         largest = weight[p] > largest ? weight[p] : largest;
     }
-    for (size_t p = 0; p < seen; p++) {
+    for (size_t p = from; p < seen; p++) {
         weight[p] = exponential(weight[p] - largest);
         lanes[p % LANES] += weight[p];
     }
     for (size_t i = 0; i < padded; i++) {
         float sum = 0.0f;
-        for (size_t p = 0; p < seen; p++) {
+        for (size_t p = from; p < seen; p++) {
             sum = fmaf(weight[p], mq_f16_to_f32(value[p * padded + i]), sum);
         }
         part[i] = sum;
@@ -196,10 +197,10 @@ static void attend_one(const mq_queries *queries, const float *query, size_t see
 static void attend(const mq_queries *queries, size_t seen, const uint16_t *key, const uint16_t *value, float *part)
 {
     for (size_t t = 0; t < queries->tokens; t++) {
-        const size_t positions = seen + t < MQ_ATTENTION_CHUNK ? seen + t : MQ_ATTENTION_CHUNK;
+        const size_t from = mq_seen_from(queries, seen + t), positions = mq_seen_to(seen + t);
         for (size_t h = 0; h < queries->heads; h++) {
             const float *query = queries->query + t * queries->token_stride + h * queries->head_dim;
-            attend_one(queries, query, positions, key, value, part);
+            attend_one(queries, query, from, positions, key, value, part);
             part += mq_part_floats(queries->head_dim);
         }
     }

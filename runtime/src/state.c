@@ -3,6 +3,7 @@
  *
  * header, then for positions 0..position-1: bits asked for f32 [position] (0: not routed), depths uint8 [position][block][7],
  * keys f16 [block][kv head][position][head_dim], values alike: rows without the padding and the order they have in the cache.
+ * Of a block with a sliding window only the positions from header.first on: the window, and one more where it was held.
  */
 #include "error.h"
 #include "session.h"
@@ -16,10 +17,12 @@ typedef struct state_header {
     uint64_t model;    /* fingerprint */
     uint64_t size;     /* of header and body */
     uint64_t checksum; /* of the body */
+    uint32_t first;    /* position that windowed blocks begin with */
+    uint32_t unused;
 } state_header;
 
 static const uint8_t MAGIC[8] = {'M', 'Q', 'S', 'T', 'A', 'T', 'E', '\n'};
-enum { VERSION = 1, F16_EXPONENT = 0x7c00 };
+enum { VERSION = 2, F16_EXPONENT = 0x7c00 };
 
 /* FNV-1a over 8 bytes at a time, the rest one by one. */
 static uint64_t hash(uint64_t value, const void *data, size_t size)
@@ -56,6 +59,7 @@ static uint64_t fingerprint(const mq_model *model)
         const mq_block *block = &model->blocks[i];
         value = hash(value, block->attn_norm, width);
         value = hash(value, block->ffn_norm, width);
+        value = hash(value, &block->window, sizeof block->window);
         for (size_t j = 0; j < MQ_ROUTERS; j++) {
             value = hash(value, block->router[j].hidden_scale, hp->router_hidden * sizeof(float));
         }
@@ -77,41 +81,61 @@ static size_t asked_size(uint32_t position)
     return position * sizeof(float);
 }
 
-/* The cache of this size was allocated, so no product here overflows. */
-static size_t state_size(const mq_session *session, uint32_t position)
+/* Windowed blocks begin with the window before `position`, or one earlier: then the last token can be taken back. */
+static uint32_t first_saved(const mq_session *session)
+{
+    const uint32_t window = session->model->hparams.sliding_window;
+    const uint32_t first = window != 0 && session->position > window ? session->position - window : 0;
+    return first > session->oldest ? first : session->oldest;
+}
+
+/* A session of this context was allocated, so no product here overflows. */
+static size_t state_size(const mq_session *session, uint32_t position, uint32_t first)
 {
     const mq_hparams *hp = &session->model->hparams;
-    const size_t rows = (size_t)hp->block_count * hp->head_count_kv * position;
+    size_t rows = 0;
+    for (uint32_t i = 0; i < hp->block_count; i++) {
+        rows += (size_t)hp->head_count_kv * (position - (session->model->blocks[i].window != 0 ? first : 0));
+    }
     const size_t cache = 2 * rows * hp->head_dim * sizeof(uint16_t);
     return sizeof(state_header) + asked_size(position) + depths_size(session, position) + cache;
 }
 
 size_t mq_session_state_size(const mq_session *session)
 {
-    return state_size(session, session->position);
+    return state_size(session, session->position, first_saved(session));
+}
+
+static void copy_key(uint16_t *column, uint8_t *out, const uint8_t *in, size_t dim)
+{
+    for (size_t j = 0; j < dim; j++) {
+        if (out != NULL) {
+            memcpy(out + j * sizeof *column, column + j * MQ_KEY_POSITIONS, sizeof *column);
+        } else {
+            memcpy(column + j * MQ_KEY_POSITIONS, in + j * sizeof *column, sizeof *column);
+        }
+    }
 }
 
 /* Keys, then values, of the positions before `position`: from the cache to `out`, or, when it is NULL, from `in` to the cache. */
-static void copy_cache(mq_session *session, uint32_t position, uint8_t *out, const uint8_t *in)
+static void copy_cache(mq_session *session, uint32_t position, uint32_t first, uint8_t *out, const uint8_t *in)
 {
     const mq_hparams *hp = &session->model->hparams;
-    const size_t heads = (size_t)hp->block_count * hp->head_count_kv, dim = hp->head_dim, size = dim * sizeof(uint16_t);
-    for (size_t i = 0; i < heads * position; i++) {
-        uint16_t *key = mq_cache_key(&session->cache, i / position, i % position), row[MQ_MAX_HEAD_DIM];
-        uint16_t *value = mq_cache_values(&session->cache, i / position, i % position);
-        const size_t key_at = i * size, value_at = (heads * position + i) * size;
-        if (out != NULL) {
-            for (size_t j = 0; j < dim; j++) {
-                row[j] = key[j * MQ_KEY_POSITIONS];
+    const size_t size = hp->head_dim * sizeof(uint16_t);
+    size_t at = 0;
+    for (int32_t values = 0; values < 2; values++) {
+        for (size_t i = 0; i < (size_t)hp->block_count * hp->head_count_kv; i++) {
+            const size_t block = i / hp->head_count_kv, head = i % hp->head_count_kv;
+            const mq_cache *cache = &session->caches[block];
+            for (size_t p = session->model->blocks[block].window != 0 ? first : 0; p < position; p++, at += size) {
+                if (!values) {
+                    copy_key(mq_cache_key(cache, head, p), out != NULL ? out + at : NULL, in != NULL ? in + at : NULL, hp->head_dim);
+                } else if (out != NULL) {
+                    memcpy(out + at, mq_cache_values(cache, head, p), size);
+                } else {
+                    memcpy(mq_cache_values(cache, head, p), in + at, size);
+                }
             }
-            memcpy(out + key_at, row, size);
-            memcpy(out + value_at, value, size);
-        } else {
-            memcpy(row, in + key_at, size);
-            for (size_t j = 0; j < dim; j++) {
-                key[j * MQ_KEY_POSITIONS] = row[j];
-            }
-            memcpy(value, in + value_at, size);
         }
     }
 }
@@ -132,9 +156,9 @@ mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, 
     at += asked_size(session->position);
     memcpy(at, session->depths, depths_size(session, session->position));
     at += depths_size(session, session->position);
-    copy_cache(session, session->position, at, NULL);
+    copy_cache(session, session->position, first_saved(session), at, NULL);
     state_header header = {.version = VERSION, .position = session->position, .model = fingerprint(session->model), .size = needed,
-                           .checksum = hash(HASH_START, data + sizeof header, needed - sizeof header)};
+                           .first = first_saved(session), .checksum = hash(HASH_START, data + sizeof header, needed - sizeof header)};
     memcpy(header.magic, MAGIC, sizeof MAGIC);
     memcpy(data, &header, sizeof header);
     mq_session_release(session);
@@ -160,9 +184,15 @@ static mq_status check_header(const mq_session *session, const uint8_t *data, si
         return mq_fail(error, MQ_ERR_CONTEXT_FULL, "state: expected at most %" PRIu32 " positions, the context, found %" PRIu32,
                        session->n_ctx, header->position);
     }
-    if (header->size != size || size != state_size(session, header->position)) {
+    const uint32_t window = session->model->hparams.sliding_window, position = header->position;
+    const uint32_t needed = window != 0 && position >= window ? position - window + 1 : 0; /* by the next token */
+    if (header->first > needed || header->first + 1 < needed) {
+        return mq_fail(error, MQ_ERR_FORMAT, "state: expected the sliding window from position %" PRIu32 " on, found it from %" PRIu32,
+                       needed, header->first);
+    }
+    if (header->size != size || header->unused != 0 || size != state_size(session, position, header->first)) {
         return mq_fail(error, MQ_ERR_FORMAT, "state: expected %zu bytes for %" PRIu32 " positions, found %zu",
-                       state_size(session, header->position), header->position, size);
+                       state_size(session, position, header->first), position, size);
     }
     if (header->checksum != hash(HASH_START, data + sizeof *header, size - sizeof *header)) {
         return mq_fail(error, MQ_ERR_FORMAT, "state: the bytes were altered: their checksum is another");
@@ -215,8 +245,9 @@ mq_status mq_session_state_set(mq_session *session, const uint8_t *data, size_t 
     at += asked_size(header.position);
     memcpy(session->depths, at, depths_size(session, header.position));
     at += depths_size(session, header.position);
-    copy_cache(session, header.position, NULL, at);
+    copy_cache(session, header.position, header.first, NULL, at);
     session->position = header.position;
+    session->oldest = header.first;
     session->stretch_end = 0; /* thresholds are found anew */
     mq_session_release(session);
     return MQ_OK;
