@@ -13,6 +13,8 @@ from torch.nn import functional
 
 LANES = 16
 ATTENTION_CHUNK = 256  # positions; runtime/src/definition.h
+CACHE_GROUP = 32  # of an int8 cache, dimensions of a head that share a scale
+QUANTIZE_MIN, QUANTIZE_MAX = 1e-30, 127.0  # a group whose largest magnitude is below the first is all zero
 
 # Softmax over some positions: Σ weight·value [heads, tokens, head_dim]; Σ weight and largest score [heads, tokens, 1].
 Part = tuple[Tensor, Tensor, Tensor]
@@ -100,6 +102,20 @@ def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary embedding of halves. heads: [heads, tokens, head_dim]; cosine, sine: [tokens, head_dim / 2]."""
     a, b = heads.chunk(2, dim=-1)
     return torch.cat((fma(a, cosine, -(b * sine)), fma(b, cosine, a * sine)), dim=-1)
+
+
+def round_to_int8(x: Tensor) -> Tensor:
+    """What an int8 cache keeps of keys or values, float32 [..., head_dim]: code · scale, exact in float32.
+
+    Every group of the last dimension has a scale, largest / 127 in float16.
+    """
+    groups = functional.pad(x, (0, -x.shape[-1] % CACHE_GROUP)).unflatten(-1, (-1, CACHE_GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    used = largest >= QUANTIZE_MIN
+    # A tensor over a tensor: torch takes number / tensor as a product with the reciprocal, which rounds twice.
+    inverse = torch.where(used, largest.new_tensor(QUANTIZE_MAX) / torch.where(used, largest, 1.0), 0.0)
+    scales = torch.where(used, largest / QUANTIZE_MAX, 0.0).half().float()
+    return (torch.round(groups * inverse) * scales).flatten(-2)[..., : x.shape[-1]]
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0) -> Tensor:

@@ -62,6 +62,16 @@ def test_windowed_blocks_give_the_reference_bits(tiny_checkpoint: Path, tmp_path
         assert model._session.rewind_floor > 0  # the ring of 512 has wrapped
 
 
+def test_an_int8_cache_gives_the_reference_bits(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    export_checkpoint(tiny_checkpoint, file)
+    tokens = np.random.default_rng(8).integers(2, 320, 60).astype(np.int32)
+    reference = open_reference(tiny_checkpoint, cache_type="q8_0")
+    with Model(file, cache_type="q8_0", avg_bits=3.5) as model:
+        model.budget.apply(reference)
+        np.testing.assert_array_equal(model.eval(tokens, all_logits=True), reference.logits(tokens))
+
+
 def test_the_bundled_model_gives_the_reference_bits(tmp_path: Path) -> None:
     source = open_source(str(DEMO / "tale-6m"))
     text = (DEMO / "calibration.txt").read_text(encoding="utf-8")

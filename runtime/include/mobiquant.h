@@ -60,11 +60,18 @@ typedef struct mq_model_info {
     uint64_t routed_weights; /* weights of the routed linears, padding not counted */
 } mq_model_info;
 
+/* How keys and values are kept. */
+typedef enum mq_cache_type {
+    MQ_CACHE_F16 = 0,
+    MQ_CACHE_Q8_0 /* int8 with an f16 scale for every 32 dimensions of a head: 8.5 bits a number */
+} mq_cache_type;
+
 typedef struct mq_session_options {
     uint32_t n_ctx;     /* positions in the KV cache; 0: the model's context length */
     uint32_t n_threads; /* 0: 1 */
     uint32_t n_batch;   /* tokens computed together in prefill; 0: 512 */
     const char *kernel; /* "scalar", "avx2", ...; NULL: the best this CPU has */
+    mq_cache_type cache_type_k, cache_type_v;
 } mq_session_options;
 
 /* Sums over the session's life; the caller takes differences. */
@@ -131,7 +138,7 @@ size_t mq_session_state_size(const mq_session *session);
 /* Writes exactly mq_session_state_size bytes; `size` is what `data` can hold. */
 mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, mq_error *error);
 /* Checks everything before it changes anything: MQ_ERR_FORMAT for bytes that are no state or were altered, MQ_ERR_ARGUMENT for a
- * state of another model file, MQ_ERR_CONTEXT_FULL when n_ctx is too small for it. */
+ * state of another model file or of other cache types, MQ_ERR_CONTEXT_FULL when n_ctx is too small for it. */
 mq_status mq_session_state_set(mq_session *session, const uint8_t *data, size_t size, mq_error *error);
 /* cffi: end */
 

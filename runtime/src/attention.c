@@ -42,15 +42,9 @@ static void store_item(void *argument, size_t item, uint32_t thread)
             s->kernels->rope(s->batch.q + (token * hp->head_count + h) * dim, cosine, sine, dim);
         }
         for (size_t h = 0; h < hp->head_count_kv; h++) {
-            float *key = s->batch.k + (token * hp->head_count_kv + h) * dim;
-            uint16_t half[MQ_MAX_HEAD_DIM], *column = mq_cache_key(a->cache, h, position);
-            s->kernels->rope(key, cosine, sine, dim);
-            s->kernels->to_f16(key, half, dim);
-            for (size_t i = 0; i < dim; i++) {
-                column[i * MQ_KEY_POSITIONS] = half[i];
-            }
-            const float *value = s->batch.v + (token * hp->head_count_kv + h) * dim;
-            s->kernels->to_f16(value, mq_cache_values(a->cache, h, position), dim);
+            const size_t at = (token * hp->head_count_kv + h) * dim;
+            s->kernels->rope(s->batch.k + at, cosine, sine, dim);
+            mq_cache_put(a->cache, s->kernels, h, position, s->batch.k + at, s->batch.v + at);
         }
     }
 }
@@ -75,8 +69,8 @@ static size_t oldest_seen(const attention *a, size_t position)
 static void attend_chunk(const attention *a, size_t head, const mq_queries *queries, size_t chunk, size_t seen, float *part)
 {
     const size_t begin = chunk * MQ_ATTENTION_CHUNK;
-    a->session->kernels->attend(queries, seen - begin, mq_cache_keys(a->cache, head, begin),
-                                mq_cache_values(a->cache, head, begin), part);
+    const mq_stored stored = mq_cache_at(a->cache, head, begin);
+    a->session->kernels->attend(queries, seen - begin, &stored, part);
 }
 
 static void finish(const float *part, size_t dim, float *out)

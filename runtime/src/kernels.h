@@ -37,6 +37,15 @@ typedef struct mq_queries {
     size_t window; /* positions that a token sees, its own counted; 0: all */
 } mq_queries;
 
+/* Keys and values of one chunk of positions. With scales they are int8 of groups of MQ_CACHE_GROUP dimensions (groups =
+ * ceil(head_dim / MQ_CACHE_GROUP)), a number is code · scale, which float32 holds exactly; without, they are f16. */
+typedef struct mq_stored {
+    const void *key;             /* [positions / 16][head_dim][16] */
+    const void *value;           /* [positions][head_dim padded to 16, with 0] */
+    const uint16_t *key_scale;   /* f16 [positions / 16][groups][16], or NULL */
+    const uint16_t *value_scale; /* f16 [positions][groups], or NULL */
+} mq_stored;
+
 typedef struct mq_kernels {
     const char *name;
     /* Quantise one token: x [columns] -> q [groups·128], scale [groups], sum [groups]. Returns the sum of squares of the
@@ -55,10 +64,10 @@ typedef struct mq_kernels {
     /* Rotate halves of one head in place: cosine and sine [head_dim/2]. */
     void (*rope)(float *head, const float *cosine, const float *sine, size_t head_dim);
     /* Softmax attention over one chunk of MQ_ATTENTION_CHUNK positions. Token t stands seen + t − 1 positions behind the chunk's
-     * first and sees those up to its own, or with a window the last `window` of them: at least one in the chunk. key: f16 [positions / 16][head_dim][16], value: f16 [positions][head_dim padded to 16, with 0].
+     * first and sees those up to its own, or with a window the last `window` of them: at least one in the chunk.
      * part [tokens][heads][mq_part_floats(head_dim)]: the values' sum, each times its weight exp(score − largest score), then
      * the sum of the weights and the largest score. */
-    void (*attend)(const mq_queries *queries, size_t seen, const uint16_t *key, const uint16_t *value, float *part);
+    void (*attend)(const mq_queries *queries, size_t seen, const mq_stored *stored, float *part);
     /* One query: `part` becomes what it and the part of the next chunk are together. */
     void (*join)(float *part, const float *next, size_t head_dim);
     /* gate = silu(gate) · up */
@@ -74,6 +83,8 @@ const mq_kernels *mq_kernels_at(size_t index);
 /* By name, or the best supported one for NULL. NULL when unknown or not supported by this CPU. */
 const mq_kernels *mq_kernels_find(const char *name);
 /* cffi: end */
+
+enum { MQ_MAX_HEAD_DIM = 1024 };
 
 /* Floats of one query's part: whole registers, then one more that starts with MQ_PART_TOTAL and MQ_PART_LARGEST. */
 enum { MQ_PART_TOTAL = 0, MQ_PART_LARGEST = 1, MQ_PART_TAIL = 16 };
@@ -93,6 +104,11 @@ static inline size_t mq_seen_to(size_t seen)
 static inline size_t mq_padded_dim(size_t head_dim)
 {
     return (head_dim + 15) / 16 * 16;
+}
+
+static inline size_t mq_cache_groups(size_t head_dim)
+{
+    return (head_dim + MQ_CACHE_GROUP - 1) / MQ_CACHE_GROUP;
 }
 
 static inline size_t mq_part_floats(size_t head_dim)

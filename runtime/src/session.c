@@ -16,7 +16,7 @@
 #define MQ_VERSION "unversioned"
 #endif
 
-enum { DEFAULT_BATCH = 512, MAX_ALLOCATIONS = 32 };
+enum { DEFAULT_BATCH = 512, MAX_ALLOCATIONS = 40 };
 
 const char *mq_version(void)
 {
@@ -70,11 +70,30 @@ static int32_t allocate_batch(mq_session *session)
     return failed;
 }
 
+/* Keys or values of every block, `width` numbers a slot; each block gets its part. */
+static int32_t allocate_side(mq_session *session, mq_cache_type type, size_t slots, size_t width, size_t offset)
+{
+    const mq_hparams *hp = &session->model->hparams;
+    const size_t bytes = mq_cache_number_bytes(type), groups = type == MQ_CACHE_Q8_0 ? mq_cache_groups(hp->head_dim) : 0;
+    int32_t failed = 0;
+    uint8_t *numbers = own(session, product(slots, hp->head_count_kv, width), bytes, &failed);
+    uint16_t *scales = groups > 0 ? own(session, product(slots, hp->head_count_kv, groups), sizeof *scales, &failed) : NULL;
+    for (uint32_t i = 0; i < hp->block_count && !failed; i++) {
+        const size_t rows = session->caches[i].slots * hp->head_count_kv;
+        const mq_side side = {numbers, scales};
+        memcpy((char *)&session->caches[i] + offset, &side, sizeof side);
+        numbers += rows * width * bytes;
+        scales = groups > 0 ? scales + rows * groups : NULL;
+        session->cache_bytes += rows * (width * bytes + groups * sizeof *scales);
+    }
+    return failed;
+}
+
 static int32_t allocate_caches(mq_session *session)
 {
     const mq_model *model = session->model;
     const mq_hparams *hp = &model->hparams;
-    const size_t dim = hp->head_dim, padded = mq_padded_dim(dim);
+    const size_t dim = hp->head_dim;
     int32_t failed = 0;
     size_t slots = 0; /* of all blocks: at most 1024 blocks of 2^32 positions */
     session->caches = own(session, hp->block_count, sizeof *session->caches, &failed);
@@ -83,17 +102,8 @@ static int32_t allocate_caches(mq_session *session)
         session->caches[i].head_dim = dim;
         slots += session->caches[i].slots;
     }
-    uint16_t *keys = own(session, product(slots, hp->head_count_kv, dim), sizeof *keys, &failed);
-    uint16_t *values = own(session, product(slots, hp->head_count_kv, padded), sizeof *values, &failed);
-    for (uint32_t i = 0; i < hp->block_count && !failed; i++) {
-        const size_t rows = session->caches[i].slots * hp->head_count_kv;
-        session->caches[i].keys = keys;
-        session->caches[i].values = values;
-        keys += rows * dim;
-        values += rows * padded;
-        session->cache_bytes += rows * (dim + padded) * sizeof(uint16_t);
-    }
-    return failed;
+    failed = failed || allocate_side(session, session->key_type, slots, dim, offsetof(mq_cache, keys));
+    return failed || allocate_side(session, session->value_type, slots, mq_padded_dim(dim), offsetof(mq_cache, values));
 }
 
 static int32_t allocate(mq_session *session, uint32_t n_threads)
@@ -144,6 +154,12 @@ static mq_status check_options(const mq_model *model, const mq_session_options *
     }
     session->n_batch = options->n_batch == 0 ? DEFAULT_BATCH : options->n_batch;
     session->n_batch = session->n_batch < session->n_ctx ? session->n_batch : session->n_ctx;
+    session->key_type = options->cache_type_k;
+    session->value_type = options->cache_type_v;
+    if (session->key_type > MQ_CACHE_Q8_0 || session->value_type > MQ_CACHE_Q8_0) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "cache type: expected %d (f16) or %d (q8_0), found %d for keys and %d for values",
+                       MQ_CACHE_F16, MQ_CACHE_Q8_0, (int)session->key_type, (int)session->value_type);
+    }
     session->kernels = mq_kernels_find(options->kernel);
     if (session->kernels == NULL) {
         return mq_fail(error, MQ_ERR_ARGUMENT, "kernel: '%s' is unknown or not supported by this CPU", options->kernel);

@@ -42,6 +42,7 @@ struct mq_session {
     float *thresholds;     /* [block][7][3] of the present stretch */
     float *asked_at;       /* [n_ctx] asked_bits of every position */
     mq_cache *caches;      /* [block] */
+    mq_cache_type key_type, value_type;
     size_t cache_bytes;    /* of their keys and values */
     uint32_t oldest;       /* position from which on rings hold everything; 0 without a window */
     float *cosine, *sine;  /* [n_ctx][head_dim / 2] */

@@ -9,6 +9,7 @@
 #include "session.h"
 
 #include <inttypes.h>
+#include <stdbool.h>
 #include <string.h>
 
 typedef struct state_header {
@@ -18,7 +19,7 @@ typedef struct state_header {
     uint64_t size;     /* of header and body */
     uint64_t checksum; /* of the body */
     uint32_t first;    /* position that windowed blocks begin with */
-    uint32_t unused;
+    uint16_t key_type, value_type; /* mq_cache_type */
 } state_header;
 
 static const uint8_t MAGIC[8] = {'M', 'Q', 'S', 'T', 'A', 'T', 'E', '\n'};
@@ -97,8 +98,8 @@ static size_t state_size(const mq_session *session, uint32_t position, uint32_t 
     for (uint32_t i = 0; i < hp->block_count; i++) {
         rows += (size_t)hp->head_count_kv * (position - (session->model->blocks[i].window != 0 ? first : 0));
     }
-    const size_t cache = 2 * rows * hp->head_dim * sizeof(uint16_t);
-    return sizeof(state_header) + asked_size(position) + depths_size(session, position) + cache;
+    const size_t row = mq_cache_row_bytes(session->key_type, hp->head_dim) + mq_cache_row_bytes(session->value_type, hp->head_dim);
+    return sizeof(state_header) + asked_size(position) + depths_size(session, position) + rows * row;
 }
 
 size_t mq_session_state_size(const mq_session *session)
@@ -106,34 +107,21 @@ size_t mq_session_state_size(const mq_session *session)
     return state_size(session, session->position, first_saved(session));
 }
 
-static void copy_key(uint16_t *column, uint8_t *out, const uint8_t *in, size_t dim)
-{
-    for (size_t j = 0; j < dim; j++) {
-        if (out != NULL) {
-            memcpy(out + j * sizeof *column, column + j * MQ_KEY_POSITIONS, sizeof *column);
-        } else {
-            memcpy(column + j * MQ_KEY_POSITIONS, in + j * sizeof *column, sizeof *column);
-        }
-    }
-}
-
 /* Keys, then values, of the positions before `position`: from the cache to `out`, or, when it is NULL, from `in` to the cache. */
 static void copy_cache(mq_session *session, uint32_t position, uint32_t first, uint8_t *out, const uint8_t *in)
 {
     const mq_hparams *hp = &session->model->hparams;
-    const size_t size = hp->head_dim * sizeof(uint16_t);
     size_t at = 0;
-    for (int32_t values = 0; values < 2; values++) {
+    for (int32_t value = 0; value < 2; value++) {
+        const size_t size = mq_cache_row_bytes(value ? session->value_type : session->key_type, hp->head_dim);
         for (size_t i = 0; i < (size_t)hp->block_count * hp->head_count_kv; i++) {
             const size_t block = i / hp->head_count_kv, head = i % hp->head_count_kv;
             const mq_cache *cache = &session->caches[block];
             for (size_t p = session->model->blocks[block].window != 0 ? first : 0; p < position; p++, at += size) {
-                if (!values) {
-                    copy_key(mq_cache_key(cache, head, p), out != NULL ? out + at : NULL, in != NULL ? in + at : NULL, hp->head_dim);
-                } else if (out != NULL) {
-                    memcpy(out + at, mq_cache_values(cache, head, p), size);
+                if (out != NULL) {
+                    mq_cache_copy_out(cache, value, head, p, out + at);
                 } else {
-                    memcpy(mq_cache_values(cache, head, p), in + at, size);
+                    mq_cache_copy_in(cache, value, head, p, in + at);
                 }
             }
         }
@@ -158,11 +146,17 @@ mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, 
     at += depths_size(session, session->position);
     copy_cache(session, session->position, first_saved(session), at, NULL);
     state_header header = {.version = VERSION, .position = session->position, .model = fingerprint(session->model), .size = needed,
-                           .first = first_saved(session), .checksum = hash(HASH_START, data + sizeof header, needed - sizeof header)};
+                           .first = first_saved(session), .key_type = (uint16_t)session->key_type,
+                           .value_type = (uint16_t)session->value_type, .checksum = hash(HASH_START, data + sizeof header, needed - sizeof header)};
     memcpy(header.magic, MAGIC, sizeof MAGIC);
     memcpy(data, &header, sizeof header);
     mq_session_release(session);
     return MQ_OK;
+}
+
+static const char *type_name(uint32_t type)
+{
+    return type == MQ_CACHE_F16 ? "f16" : type == MQ_CACHE_Q8_0 ? "q8_0" : "none that is known";
 }
 
 static mq_status check_header(const mq_session *session, const uint8_t *data, size_t size, state_header *header, mq_error *error)
@@ -180,6 +174,11 @@ static mq_status check_header(const mq_session *session, const uint8_t *data, si
     if (header->model != fingerprint(session->model)) {
         return mq_fail(error, MQ_ERR_ARGUMENT, "state: expected one saved with %s, found another model's", session->model->path);
     }
+    if (header->key_type != (uint16_t)session->key_type || header->value_type != (uint16_t)session->value_type) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "state: expected keys of cache type %s and values of %s, found %s and %s",
+                       type_name(session->key_type), type_name(session->value_type), type_name(header->key_type),
+                       type_name(header->value_type));
+    }
     if (header->position > session->n_ctx) {
         return mq_fail(error, MQ_ERR_CONTEXT_FULL, "state: expected at most %" PRIu32 " positions, the context, found %" PRIu32,
                        session->n_ctx, header->position);
@@ -190,12 +189,32 @@ static mq_status check_header(const mq_session *session, const uint8_t *data, si
         return mq_fail(error, MQ_ERR_FORMAT, "state: expected the sliding window from position %" PRIu32 " on, found it from %" PRIu32,
                        needed, header->first);
     }
-    if (header->size != size || header->unused != 0 || size != state_size(session, position, header->first)) {
+    if (header->size != size || size != state_size(session, position, header->first)) {
         return mq_fail(error, MQ_ERR_FORMAT, "state: expected %zu bytes for %" PRIu32 " positions, found %zu",
                        state_size(session, position, header->first), position, size);
     }
     if (header->checksum != hash(HASH_START, data + sizeof *header, size - sizeof *header)) {
         return mq_fail(error, MQ_ERR_FORMAT, "state: the bytes were altered: their checksum is another");
+    }
+    return MQ_OK;
+}
+
+/* Keys and values: the numbers of f16, the scales of int8, whose codes may be any. */
+static mq_status check_rows(const mq_session *session, const uint8_t *rows, size_t size, mq_error *error)
+{
+    const size_t dim = session->model->hparams.head_dim;
+    const size_t key = mq_cache_row_bytes(session->key_type, dim), value = mq_cache_row_bytes(session->value_type, dim);
+    const size_t keys = size / (key + value) * key; /* bytes of them */
+    for (size_t at = 0; at < size;) {
+        const bool int8 = (at < keys ? session->key_type : session->value_type) == MQ_CACHE_Q8_0;
+        const size_t end = at + (at < keys ? key : value);
+        for (at += int8 ? dim : 0; at < end; at += sizeof(uint16_t)) {
+            uint16_t half;
+            memcpy(&half, rows + at, sizeof half);
+            if ((half & F16_EXPONENT) == F16_EXPONENT) {
+                return mq_fail(error, MQ_ERR_FORMAT, "state: expected finite keys and values, found one that is not");
+            }
+        }
     }
     return MQ_OK;
 }
@@ -217,14 +236,7 @@ static mq_status check_body(const mq_session *session, const uint8_t *data, size
             return mq_fail(error, MQ_ERR_FORMAT, "state: expected depths from 1 to %d, found %d", MQ_SLICE_COUNT, data[at]);
         }
     }
-    for (; at < size; at += sizeof(uint16_t)) {
-        uint16_t half;
-        memcpy(&half, data + at, sizeof half);
-        if ((half & F16_EXPONENT) == F16_EXPONENT) {
-            return mq_fail(error, MQ_ERR_FORMAT, "state: expected finite keys and values, found one that is not");
-        }
-    }
-    return MQ_OK;
+    return check_rows(session, data + at, size - at, error);
 }
 
 mq_status mq_session_state_set(mq_session *session, const uint8_t *data, size_t size, mq_error *error)
