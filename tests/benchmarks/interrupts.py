@@ -1,12 +1,14 @@
-"""Commands that are interrupted (SIGINT) or killed (SIGKILL) at random moments: how they end, and what they leave.
+"""Commands that are interrupted, killed, or find the disk full at random moments: how they end, and what they leave.
 
-    python -m tests.benchmarks.interrupts CASE FILE.gguf CHECKPOINT MODEL_FOLDER [--signal INT] [--times 100] [--seed 0]
+    python -m tests.benchmarks.interrupts CASE FILE.gguf CHECKPOINT MODEL_FOLDER [--by INT|KILL|FULL] [--times 100]
 
 CASE: run, chat, perplexity, evaluate, bench, serve, export, calibrate. An undisturbed run comes first and says how long
 it takes and what it writes. Then the command is started again and again, and the signal comes at random moments.
 After SIGINT: status 130 (or the command had finished), one line about it, no traceback, nothing half-written. After
 either signal: no file under its own name that differs from a finished one, and where the command goes on from what it
-left (calibrate), the same bytes in the end and nothing else in the folder. Exit status 1 when anything was otherwise.
+left (calibrate), the same bytes in the end and nothing else in the folder. FULL: a disk (as root a small tmpfs, else a
+limit on a file) of random size: one line that names the file, and the same about what is left. Exit status 1
+when anything was otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +24,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +74,11 @@ class Ended:
     seconds: float
 
 
-def start(case: Case, out: Path) -> subprocess.Popen[str]:
+def start(case: Case, out: Path, largest_file: int | None = None) -> subprocess.Popen[str]:
+    def limit() -> None:
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
     arguments = [argument.format(out=out) for argument in case.arguments]
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -79,7 +88,60 @@ def start(case: Case, out: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=limit,
     )
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[int | None]:
+    """At `folder` a file system of `size` bytes; as an ordinary user, gives the size that no file there may exceed."""
+    if os.geteuid() != 0:
+        yield size
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        yield None
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def on_full_disks(case: Case, times: int, seed: int) -> tuple[Counter[str], list[str]]:
+    """As `sweep`, on disks of random sizes up to what a finished command leaves."""
+    random = np.random.default_rng(seed)
+    ends: Counter[str] = Counter()
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as name:
+        whole, out = Path(name) / "whole", Path(name) / "out"
+        whole.mkdir()
+        start(case, whole).communicate()
+        expected = contents(whole)
+        total = sum(map(len, expected.values()))
+        for number in range(times):
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            size = int(random.integers(1, total // 4096 + 2)) * 4096
+            with small_disk(out, size) as largest:
+                process = start(case, out, largest)
+                _, errors = process.communicate()
+                found, kept = (
+                    left(contents(out), expected, case, signal.SIGINT, finished=process.returncode == 0),
+                    contents(out),
+                )
+            line = re.split(r"[\r\n]+", errors.strip())[-1]
+            named = re.match(rf"error: {re.escape(str(out))}\S*: (cannot be written: )?", line)
+            if process.returncode not in (0, 1) or (process.returncode == 1 and (not named or "Traceback" in errors)):
+                found = f"status {process.returncode}"
+            ends["disk full" if process.returncode else "finished"] += 1
+            if case.resumes and process.returncode and not found:
+                for file, data in kept.items():
+                    (out / file).parent.mkdir(parents=True, exist_ok=True)
+                    (out / file).write_bytes(data)
+                start(case, out).communicate()
+                found = left(contents(out), expected, case, signal.SIGINT, finished=True)
+            if found:
+                wrong.append(f"#{number} on a disk of {size} bytes: {found}: {errors[-1500:]}")
+                print(wrong[-1], flush=True)
+    return ends, wrong
 
 
 def disturbed(case: Case, out: Path, moment: float, number: int) -> Ended:
@@ -194,14 +256,16 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("model", type=Path, help="a Hugging Face folder")
     parser.add_argument("--text", type=Path, default=ROOT / "mobiquant" / "demo" / "heldout.txt")
-    parser.add_argument("--signal", choices=("INT", "KILL"), default="INT")
+    parser.add_argument("--by", choices=("INT", "KILL", "FULL"), default="INT")
     parser.add_argument("--times", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     known = cases(*(path.resolve() for path in (options.file, options.checkpoint, options.model, options.text)))
-    number = signal.Signals[f"SIG{options.signal}"]
-    ends, wrong = sweep(known[options.case], number, options.times, options.seed)
-    print(f"{options.case}, SIG{options.signal}: " + ", ".join(f"{n} {name}" for name, n in sorted(ends.items())))
+    if options.by == "FULL":
+        ends, wrong = on_full_disks(known[options.case], options.times, options.seed)
+    else:
+        ends, wrong = sweep(known[options.case], signal.Signals[f"SIG{options.by}"], options.times, options.seed)
+    print(f"{options.case}, {options.by}: " + ", ".join(f"{n} {name}" for name, n in sorted(ends.items())))
     print(f"{len(wrong)} of {options.times} were wrong")
     return 1 if wrong else 0
 
