@@ -58,13 +58,14 @@ from runtime.files import remove_leftovers
 
 STATE_FILE = "calibration.json"
 _SENSITIVITY_FILE = "sensitivity.safetensors"
+_GAINS_FILE = "gains.safetensors"
 _THRESHOLD_WINDOWS = 16
 # Tokens that pass a block together where nothing is trained, and the room that what they leave in it may take.
 _PASS_TOKENS = 16384
 _PASS_BYTES = 3 << 30
 ACTIVATIONS = ("cpu", "disk")
 # Only a run that goes on needs these; a finished folder has none.
-_WORK_FILES = (_SENSITIVITY_FILE, "recipe-*.safetensors")
+_WORK_FILES = (_SENSITIVITY_FILE, _GAINS_FILE, "recipe-*.safetensors")
 
 
 @dataclass
@@ -146,9 +147,9 @@ class _Calibration:
         recipe = recipes()[self.settings.recipe]
         model_task = self._model_task()
         slices = recipe.slices(model_task)
-        scores = self._blocks(recipe, slices, sensitivity)
+        gains = self._gains(self._blocks(recipe, slices, sensitivity))
         self._tune_routers(recipe, model_task)
-        self._finish(scores)
+        self._finish(gains)
 
     def _blocks(
         self, recipe: Recipe, slices: list[dict[str, SlicedWeight]] | None, sensitivity: Sensitivity
@@ -176,6 +177,13 @@ class _Calibration:
                 del exact_block
                 self._advance_sliced(self._saved_block(index).to(self.device), streams, scores)
         return scores
+
+    def _gains(self, scores: list[list[Tensor]]) -> np.ndarray:
+        """Expected gains by the blocks' own routers, float64 [L, 3]: kept, because tuned ones take their place."""
+        path = self.folder / _GAINS_FILE
+        if not path.is_file():
+            write_tensors(path, {"gains": expected_gains(scores)})
+        return read_tensors(path)["gains"]
 
     def _sensitivity(self) -> Sensitivity:
         path = self.folder / _SENSITIVITY_FILE
@@ -321,7 +329,7 @@ class _Calibration:
         ]
         return budget_cuts(blocks, self._run, hidden, self.precision, self.sizes, self.batch, self.hidden_folder)
 
-    def _finish(self, scores: list[list[Tensor]]) -> None:
+    def _finish(self, gains: np.ndarray) -> None:
         """Set the thresholds in every block, write what lies outside the blocks, then make the folder a checkpoint."""
         count = self.source.block_count
         cuts = self._cuts()
@@ -344,7 +352,7 @@ class _Calibration:
         for name, sliced in tables.items():
             outer |= {f"{name}.{part.name}": getattr(sliced, part.name).numpy() for part in dataclasses.fields(sliced)}
         outer[FINAL_NORM] = self.source.tensor(FINAL_NORM).numpy()
-        outer[STATIC_ORDER] = static_order(expected_gains(scores))
+        outer[STATIC_ORDER] = static_order(gains)
         outer[ROTARY_FREQUENCIES] = self.source.rotary().inv_freq.numpy()
         write_tensors(self.folder / OUTER_FILE, outer)
         files = [*(block_file(index) for index in range(count)), OUTER_FILE]

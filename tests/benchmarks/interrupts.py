@@ -75,7 +75,8 @@ class Ended:
 
 
 def start(case: Case, out: Path, largest_file: int | None = None) -> subprocess.Popen[str]:
-    def limit() -> None:
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as from a terminal, also where this runs in the background
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
@@ -88,7 +89,7 @@ def start(case: Case, out: Path, largest_file: int | None = None) -> subprocess.
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=limit,
+        preexec_fn=prepare,
     )
 
 
