@@ -171,9 +171,10 @@ def fault(ended: Ended) -> str | None:
     if "still running" in ended.stderr:
         return "it did not end"
     if re.search("Traceback|Exception ignored|Error:", ended.stderr):
-        # Before the program's first line the interpreter is alone with the signal.
+        # Until the program's first lines have set a handler, the interpreter is alone with the signal.
         inside = re.search(r'File "[^"]*/(mobiquant|runtime|export)/', ended.stderr)
-        return "a traceback" if inside else None
+        first = "import interrupts" in ended.stderr or "interrupts.end_at_once()" in ended.stderr
+        return "a traceback" if inside and not first else None
     if ended.status not in (0, 130, -signal.SIGINT):
         return f"status {ended.status}"
     last = re.split(r"[\r\n]+", ended.stderr.strip())[-1]
