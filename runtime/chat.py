@@ -1,12 +1,14 @@
 """Conversations to prompt tokens with the model's own chat template.
 
 The template is rendered by runtime.template in a process with limits. What people write never becomes a control token:
-a marker such as `<|eot_id|>` inside a message is cut in two before rendering, and encoded as text.
+a marker such as `<|eot_id|>` inside a message is cut in two before rendering, so that it can be told from those of the
+template, and is encoded as text.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -65,21 +67,28 @@ class ChatTemplate:
         checked = [_checked(message, index) for index, message in enumerate(messages)]
         if not checked:
             raise ValueError("messages: expected at least one, found none")
-        texts = list(_strings(checked))
+        texts, tokenizer = list(_strings(checked)), self._tokenizer
+        forged = any(tokenizer.has_markers(text) for text in texts)
         mark = next((mark for mark in _MARKS if not any(mark in text for text in texts)), None)
         if mark is None:
             raise ValueError("messages: expected text, found every noncharacter from U+FDD0 to U+FDEF")
-        present = [marker for marker in self._tokenizer.markers if any(marker in text for text in texts)]
+        # Longest first: one marker may hold another.
+        markers = sorted(tokenizer.markers, key=len, reverse=True)
         variables = {
-            "messages": _cut_markers(checked, present, mark),
+            "messages": _cut_markers(checked, markers, mark) if forged else checked,
             "tools": None,  # templates ask whether these are none, not whether they are defined
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
-            "bos_token": self._tokenizer.marker(self._tokenizer.bos),
-            "eos_token": self._tokenizer.marker(min(self._tokenizer.eos, default=None)),
+            "bos_token": tokenizer.marker(tokenizer.bos),
+            "eos_token": tokenizer.marker(tokenizer.end),
         }
-        parts = self._render(variables).split(mark)
-        return [token for part in parts for token in self._tokenizer.encode(part, add_bos=False, special=True) if part]
+        text = self._render(variables)
+        if not forged:
+            return tokenizer.encode(text, add_bos=False, special=True)
+        # The template's own markers are whole; those of the messages are cut, until they are between them.
+        own = re.compile("|".join(map(re.escape, markers)))
+        texts = [between.replace(mark, "") for between in own.split(text)]
+        return tokenizer.encode_between(texts, own.findall(text))
 
     def prepare(self) -> None:
         """Start the process that renders the next conversation, so that it is ready when one comes."""
