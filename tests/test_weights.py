@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import mobiquant.calibrate as calibration  # noqa: E402
@@ -150,6 +151,14 @@ def test_a_quantized_model_is_refused_by_its_method(
     error = capsys.readouterr().err
     assert f"expected full precision, found a quantized model (quant_method {method})" in error
     assert error.count("\n") == 1 and not (copy / "out").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save(str(copy / "tokenizer.json"))
+    assert main(["calibrate", str(copy), "-o", str(copy / "out")]) == 1
+    assert "expected token ids below the model's vocab_size 320, found 320" in capsys.readouterr().err
 
 
 def test_a_tokenizer_model_alone_is_refused_with_the_remedy(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
