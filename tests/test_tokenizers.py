@@ -6,20 +6,24 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from families import FAMILIES, TEXT, Family
+from tiny import TINY
 
 from export.errors import ExportError
+from export.to_gguf import export_synthetic
 from export.vocab import Vocabulary, read_vocabulary
+from runtime import Model
 from runtime.chat import ChatTemplate
 from runtime.stream import TextStream
 from runtime.tokens import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 
-VOCAB = 1000
+VOCAB = 1008
 TORTURE = {
     "empty": "",
     "space": " ",
@@ -255,3 +259,32 @@ def test_a_tokenizer_model_alone_is_refused_with_the_remedy(tmp_path: Path) -> N
     (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
     with pytest.raises(ExportError, match=r"tokenizer.json: .*found tokenizer.model alone; .*AutoTokenizer"):
         read_vocabulary(tmp_path, VOCAB)
+
+
+def test_a_completion_goes_on_with_its_prompt_and_an_answer_begins_anew(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.to_gguf.synthetic_vocabulary", lambda: made.vocabulary)
+    export_synthetic(replace(TINY, vocab_size=VOCAB), tmp_path / "model.gguf", "random")
+    text = "The house stood  by the sea, né 東."
+    tokens = made.ours.encode(text)
+    prompt, rest = tokens[:4], tokens[4:]
+
+    def write(planned: list[int]) -> dict[str, Any]:
+        """Options that make the model write just these tokens."""
+        left = iter([*planned, made.ours.end])
+
+        def choose(_: np.ndarray, logits: np.ndarray) -> np.ndarray:
+            chosen = np.full_like(logits, -np.inf)
+            chosen[next(left)] = 0
+            return chosen
+
+        return {"max_tokens": 60, "logits_processor": choose}
+
+    with Model(tmp_path / "model.gguf") as model:
+        done = model.create_completion(prompt, echo=True, **write(rest))["choices"][0]
+        assert (done["text"], done["finish_reason"]) == (text, "stop")
+        chunks = model.create_completion(prompt, stream=True, **write(rest))
+        assert made.ours.decode(prompt) + "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
+        answer = model.create_chat_completion(TALK[1:2], **write(made.ours.encode(text, add_bos=False)))
+        assert answer["choices"][0]["message"]["content"] == text
