@@ -268,7 +268,9 @@ def test_a_completion_goes_on_with_its_prompt_and_an_answer_begins_anew(
     export_synthetic(replace(TINY, vocab_size=VOCAB), tmp_path / "model.gguf", "random")
     text = "The house stood  by the sea, né 東."
     tokens = made.ours.encode(text)
-    prompt, rest = tokens[:4], tokens[4:]
+    # The rest begins with a space, which some decoders would drop at the beginning of a text.
+    cut = next(index for index in range(3, len(tokens)) if made.ours.piece(tokens[index]).startswith(" "))
+    prompt, rest = tokens[:cut], tokens[cut:]
 
     def write(planned: list[int]) -> dict[str, Any]:
         """Options that make the model write just these tokens."""
