@@ -14,6 +14,7 @@ from export.shape import ModelShape
 from mobiquant.checkpoint import CONFIG_FILE, STATIC_ORDER, Checkpoint
 from mobiquant.packing import TILE_ROWS, groups_of, pack_plane, pack_scale_offset
 from mobiquant.static import check_static_order
+from mobiquant.windows import sliding_windows
 
 SUPPORTED = ("llama",)
 _PIECE_WEIGHTS = 1 << 24
@@ -51,6 +52,10 @@ def checkpoint_shape(checkpoint: Checkpoint) -> ModelShape:
     }
     static_order = _static_order(checkpoint, sizes["block_count"])
     try:
+        windows = sliding_windows(config, sizes["block_count"])
+    except ValueError as error:
+        raise ExportError(f"{where}: {error}") from error
+    try:
         return ModelShape(
             **sizes,
             tied=bool(config.get("tie_word_embeddings", False)),
@@ -59,6 +64,8 @@ def checkpoint_shape(checkpoint: Checkpoint) -> ModelShape:
             embedding_depth=quantization.embedding_depth,
             output_depth=quantization.output_depth,
             base_architecture=model_type,
+            sliding_window=max(windows),
+            sliding_window_pattern=() if min(windows) == max(windows) else tuple(int(window > 0) for window in windows),
             static_order=static_order,
         )
     except ExportError as error:
