@@ -1,8 +1,8 @@
 """Peak memory of calibration and export of one model, each in a process of its own (Linux).
 
-    python -m tests.benchmarks.memory MODEL -o DIR -- --samples 4 --seq-len 16 --distill-steps 1 --activations disk
+    python -m tests.benchmarks.memory MODEL -o DIR --samples 4 --seq-len 16 --distill-steps 1 --activations disk
 
-What follows `--` goes to `mobiquant calibrate`, which goes on where an earlier run stopped: its peak is then that of
+Other flags go to `mobiquant calibrate`, which goes on where an earlier run stopped: its peak is then that of
 the blocks that were left. With --export-only DIR is a checkpoint.
 """
 
@@ -31,10 +31,9 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the checkpoint")
     parser.add_argument("--export-only", action="store_true")
-    parser.add_argument("flags", nargs="*", help="of calibrate")
-    options = parser.parse_args()
+    options, flags = parser.parse_known_args()
     if not options.export_only:
-        command = ["-m", "mobiquant", "calibrate", options.model, "-o", str(options.output), *options.flags]
+        command = ["-m", "mobiquant", "calibrate", options.model, "-o", str(options.output), *flags]
         status = measured("calibrate", command)
         if status:
             return status
