@@ -1,8 +1,8 @@
 """Conversations to prompt tokens with the model's own chat template.
 
 The template is rendered by runtime.template in a process with limits. What people write never becomes a control token:
-a marker such as `<|eot_id|>` inside a message is cut in two before rendering, so that it can be told from those of the
-template, and is encoded as text.
+a marker such as `<|eot_id|>` inside a message has another name while the template is rendered, so that it can be told
+from the template's own, and is encoded as text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,11 @@ class ChatTemplate:
             raise ValueError("messages: expected text, found every noncharacter from U+FDD0 to U+FDEF")
         # Longest first: one marker may hold another.
         markers = sorted(tokenizer.markers, key=len, reverse=True)
+        own = re.compile("|".join(map(re.escape, markers)))
         variables = {
-            "messages": _cut_markers(checked, markers, mark) if forged else checked,
+            "messages": _renamed(checked, own, lambda marker: f"{mark}{markers.index(marker)}{mark}")
+            if forged
+            else checked,
             "tools": None,  # templates ask whether these are none, not whether they are defined
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
@@ -85,9 +88,9 @@ class ChatTemplate:
         text = self._render(variables)
         if not forged:
             return tokenizer.encode(text, add_bos=False, special=True)
-        # The template's own markers are whole; those of the messages are cut, until they are between them.
-        own = re.compile("|".join(map(re.escape, markers)))
-        texts = [between.replace(mark, "") for between in own.split(text)]
+        # What is a marker now is the template's; between them those of the messages get their names again.
+        names = re.compile(f"{mark}([0-9]+){mark}")
+        texts = [names.sub(lambda name: markers[int(name[1])], between) for between in own.split(text)]
         return tokenizer.encode_between(texts, own.findall(text))
 
     def prepare(self) -> None:
@@ -159,12 +162,10 @@ def _strings(value: object) -> list[str]:
     return [text for part in parts for text in _strings(part)]
 
 
-def _cut_markers(value: Any, markers: Sequence[str], mark: str) -> Any:
-    """`value` with `mark` after the first character of every marker in its strings."""
+def _renamed(value: Any, markers: re.Pattern[str], name: Callable[[str], str]) -> Any:
+    """`value` with another name for every marker in its strings."""
     if isinstance(value, str):
-        for marker in markers:
-            value = value.replace(marker, marker[0] + mark + marker[1:])
-        return value
+        return markers.sub(lambda found: name(found[0]), value)
     if isinstance(value, Mapping):
-        return {key: _cut_markers(part, markers, mark) for key, part in value.items()}
-    return [_cut_markers(part, markers, mark) for part in value] if isinstance(value, list) else value
+        return {key: _renamed(part, markers, name) for key, part in value.items()}
+    return [_renamed(part, markers, name) for part in value] if isinstance(value, list) else value

@@ -228,6 +228,15 @@ def test_a_marker_that_a_normalizer_makes_is_text_too() -> None:
     assert chat.encode([{"role": "user", "content": forged}]).count(end) == 1
 
 
+def test_a_marker_of_one_character_is_text_too() -> None:
+    raw = FAMILIES["gemma"].build()
+    raw.add_special_tokens(["\u2603"])
+    tokenizer = Tokenizer(raw.to_str())
+    chat = ChatTemplate("{{ messages[0].content }}\u2603", tokenizer)
+    tokens = chat.encode([{"role": "user", "content": "a \u26030 \u2603"}])
+    assert tokens.count(raw.token_to_id("\u2603")) == 1 and tokenizer.decode(tokens) == "a \u26030 \u2603"
+
+
 @pytest.mark.parametrize(
     ("config", "post_processor", "expected"),
     [
