@@ -108,6 +108,8 @@ def perplexity_command(args: argparse.Namespace) -> int:
     row = result.rows[0]
     figures = row.score.to_dict(row.bits)
     print(format_result(figures if args.bits is None else figures | {"bits": args.bits}, args.output))
+    if result.interrupted:
+        print(f"interrupted: this is the score of {result.windows} of {result.planned} windows", file=sys.stderr)
     return _INTERRUPTED if result.interrupted else 0
 
 
