@@ -22,7 +22,7 @@ from runtime.tokens import Tokenizer
 Message = Mapping[str, Any]
 
 TEMPLATE_BYTES = 256 << 10
-RENDER_SECONDS = 5.0
+RENDER_SECONDS = 20.0  # with starting the process, on a busy machine; it may compute for less (runtime.template)
 
 PLAIN_TEMPLATE = """{{ bos_token }}
 {%- for message in messages %}
@@ -65,7 +65,7 @@ class ChatTemplate:
 
         Content is text, or a list of {"type": "text", "text": ...}. add_generation_prompt: end where the assistant's
         answer begins. Raises ValueError for a message without them, and when the template refuses the conversation,
-        takes longer than 5 s, or needs more memory than it may have.
+        computes longer than 5 s, or needs more memory than it may have.
         """
         try:
             return self._encode(messages, add_generation_prompt)
@@ -98,7 +98,7 @@ class ChatTemplate:
         if not forged:
             return tokenizer.encode(text, add_bos=False, special=True)
         # What is a marker now is the template's; between them those of the messages get their names again.
-        names = re.compile(f"{mark}([0-9]+){mark}")
+        names = re.compile(f"{mark}({'|'.join(map(str, range(len(markers))))}){mark}")
         texts = [names.sub(lambda name: markers[int(name[1])], between) for between in own.split(text)]
         return tokenizer.encode_between(texts, own.findall(text))
 
