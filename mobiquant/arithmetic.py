@@ -26,6 +26,9 @@ LOG2_E = 1.44269504
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
 EXP_COEFFICIENTS = (1.98412698e-4, 1.38888889e-3, 8.33333333e-3, 4.16666667e-2, 1.66666667e-1, 0.5)
 
+# GELU in its tanh form: constants of the same file.
+GELU_LINEAR, GELU_CUBIC = 1.59576912, 0.0713548163
+
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a·b + c, rounded once to float32."""
@@ -89,6 +92,18 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     return gate / (1.0 + exponential(-gate)) * up
 
 
+def gelu_times(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) · up, GELU in its tanh form."""
+    z = gate * fma(gate * gate, gate.new_tensor(GELU_CUBIC), gate.new_tensor(GELU_LINEAR))
+    return gate / (1.0 + exponential(-z)) * up
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap · tanh(x / cap). cap: a float32."""
+    cap_tensor = x.new_tensor(cap)
+    return cap_tensor - 2.0 * cap_tensor / (1.0 + exponential(x * (2.0 / cap_tensor)))
+
+
 def rope_tables(inverse_frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine, float32 [positions, head_dim / 2]: angles in float32, the functions in float64."""
     positions_column = torch.arange(positions, dtype=torch.float32, device=inverse_frequencies.device)[:, None]
@@ -97,12 +112,14 @@ def rope_tables(inverse_frequencies: Tensor, positions: int) -> tuple[Tensor, Te
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding of halves. heads: [heads, tokens, head_dim]; cosine, sine: [tokens, head_dim / 2]."""
-    a, b = heads.chunk(2, dim=-1)
-    return torch.cat((fma(a, cosine, -(b * sine)), fma(b, cosine, a * sine)), dim=-1)
+    """Rotary embedding of halves. heads: [heads, tokens, head_dim]; cosine, sine: [tokens, rotated / 2], of the leading
+    dimensions that are rotated."""
+    half = cosine.shape[-1]
+    a, b, rest = heads.split((half, half, heads.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((fma(a, cosine, -(b * sine)), fma(b, cosine, a * sine), rest), dim=-1)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float = 0.0) -> Tensor:
     """Softmax attention of every token over itself and what came before: float32 [heads, tokens, head_dim].
 
     query: [heads, tokens, head_dim], the last of the positions; key, value: [heads, positions, head_dim]. Chunk of
@@ -115,21 +132,24 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     for begin in range(0, positions, ATTENTION_CHUNK):
         seeing = slice(max(0, begin - before), None)  # earlier tokens see nothing of this chunk
         chunk = slice(begin, begin + ATTENTION_CHUNK)
-        part = _attend_chunk(query[:, seeing], key[:, chunk], value[:, chunk], max(0, before - begin), scale)
+        part = _attend_chunk(query[:, seeing], key[:, chunk], value[:, chunk], max(0, before - begin), scale, softcap)
         if begin > 0:
             part = _join((joined[:, seeing], sums[:, seeing], largest[:, seeing]), part)
         joined[:, seeing], sums[:, seeing], largest[:, seeing] = part
     return joined * (1.0 / sums)
 
 
-def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, first: int, scale: float) -> Part:
+def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, first: int, scale: float, softcap: float) -> Part:
     """One chunk; the first token stands at its position `first`, or behind its end."""
     tokens, positions = query.shape[1], key.shape[1]
     scores = query.new_zeros(query.shape[0], tokens, positions)
     for i in range(query.shape[2]):
         scores = fma(query[:, :, None, i], key[:, None, :, i], scores)
     future = torch.ones(tokens, positions, dtype=torch.bool, device=query.device).triu(first + 1)
-    scores = (scores * scale).masked_fill(future, -torch.inf)
+    scores = scores * scale
+    if softcap:
+        scores = soft_cap(scores, softcap)
+    scores = scores.masked_fill(future, -torch.inf)
     largest = scores.amax(-1, keepdim=True)
     weights = exponential(scores - largest).masked_fill(future, 0.0)
     lanes = query.new_zeros(*weights.shape[:2], LANES)

@@ -45,9 +45,12 @@ INLINE void score_blocks(size_t queries, size_t blocks, const float *const query
 }
 
 /* Scores become weights; the part's tail gets their sum and the largest score. */
-static void weigh(float *score, size_t seen, float *tail)
+static void weigh(float *score, size_t seen, float cap, float *tail)
 {
     const size_t whole = seen - seen % LANES;
+    for (size_t p = 0; cap != 0.0f && p < seen; p += LANES) {
+        v_store(score + p, v_soft_cap(v_load(score + p), cap));
+    }
     for (size_t p = seen; p % LANES != 0; p++) {
         score[p] = -INFINITY;
     }
@@ -108,11 +111,13 @@ INLINE void sum_values(size_t queries, size_t count, const float *weight, const 
 }
 
 /* Queries in order of what they see. */
-INLINE void attend_together(size_t queries, const float *const query[QUERIES], const size_t seen[QUERIES], float scale, size_t dim,
+INLINE void attend_together(size_t queries, const float *const query[QUERIES], const size_t seen[QUERIES], const mq_queries *all,
                             const uint16_t *key, const uint16_t *value, float *const part[QUERIES])
 {
     _Alignas(64) float weight[QUERIES * MQ_ATTENTION_CHUNK];
-    const size_t blocks = (seen[queries - 1] + LANES - 1) / LANES, at_once = SCORES / queries, padded = mq_padded_dim(dim);
+    const size_t dim = all->head_dim, padded = mq_padded_dim(dim);
+    const size_t blocks = (seen[queries - 1] + LANES - 1) / LANES, at_once = SCORES / queries;
+    const float scale = all->scale;
     size_t b = 0;
     for (; b + at_once <= blocks; b += at_once) {
         score_blocks(queries, at_once, query, key + b * dim * LANES, dim, scale, weight + b * LANES);
@@ -121,7 +126,7 @@ INLINE void attend_together(size_t queries, const float *const query[QUERIES], c
         score_blocks(queries, 1, query, key + b * dim * LANES, dim, scale, weight + b * LANES);
     }
     for (size_t q = 0; q < queries; q++) {
-        weigh(weight + q * MQ_ATTENTION_CHUNK, seen[q], part[q] + padded);
+        weigh(weight + q * MQ_ATTENTION_CHUNK, seen[q], all->softcap, part[q] + padded);
     }
     size_t first = 0;
     for (; first + VALUES * LANES <= padded; first += VALUES * LANES) {
@@ -147,9 +152,9 @@ static void attend(const mq_queries *queries, size_t seen, const uint16_t *key, 
             sees[q] = seen + token < MQ_ATTENTION_CHUNK ? seen + token : MQ_ATTENTION_CHUNK;
         }
         switch (n) { /* a constant number keeps sums in registers */
-        case QUERIES: attend_together(QUERIES, query, sees, queries->scale, dim, key, value, parts); break;
-        case 2: attend_together(2, query, sees, queries->scale, dim, key, value, parts); break;
-        default: attend_together(1, query, sees, queries->scale, dim, key, value, parts); break;
+        case QUERIES: attend_together(QUERIES, query, sees, queries, key, value, parts); break;
+        case 2: attend_together(2, query, sees, queries, key, value, parts); break;
+        default: attend_together(1, query, sees, queries, key, value, parts); break;
         }
         first += n;
     }

@@ -16,6 +16,7 @@ enum { CHUNKS_PER_ITEM = 4 };
 typedef struct attention {
     mq_session *session;
     const mq_hparams *hparams;
+    const mq_block *block;
     size_t first_head; /* of the block, in the cache */
     size_t n, end;     /* tokens; positions once they are in the cache */
 } attention;
@@ -23,6 +24,27 @@ typedef struct attention {
 static size_t smaller(size_t a, size_t b)
 {
     return a < b ? a : b;
+}
+
+/* One token's heads [heads][head_dim] of queries or keys, as they meet in the scores: bias, norm of every head, rotation. */
+static void turn_heads(const attention *a, float *heads, size_t count, const float *bias, const float *norm, size_t position)
+{
+    const mq_session *s = a->session;
+    const mq_hparams *hp = a->hparams;
+    const size_t dim = hp->head_dim, half = hp->rope_dim / 2;
+    if (bias != NULL) {
+        s->kernels->add(heads, bias, count * dim);
+    }
+    for (size_t h = 0; h < count; h++) {
+        float *head = heads + h * dim;
+        if (norm != NULL) {
+            s->kernels->rmsnorm(head, norm, dim, hp->rms_epsilon, head);
+        }
+        if (a->block->rope != MQ_ROPE_NONE) {
+            const size_t table = a->block->rope - MQ_ROPE_MAIN;
+            s->kernels->rope(head, s->cosine[table] + position * half, s->sine[table] + position * half, hp->rope_dim);
+        }
+    }
 }
 
 /* Item: tokens whose positions share MQ_KEY_POSITIONS, so that no two threads write to one cache line. */
@@ -36,20 +58,20 @@ static void store_item(void *argument, size_t item, uint32_t thread)
     const size_t last = smaller(aligned + MQ_KEY_POSITIONS, a->end);
     for (size_t position = aligned > s->position ? aligned : s->position; position < last; position++) {
         const size_t token = position - s->position;
-        const float *cosine = s->cosine + position * (dim / 2), *sine = s->sine + position * (dim / 2);
-        for (size_t h = 0; h < hp->head_count; h++) {
-            s->kernels->rope(s->batch.q + (token * hp->head_count + h) * dim, cosine, sine, dim);
+        const size_t kv_width = (size_t)hp->head_count_kv * dim;
+        float *keys = s->batch.k + token * kv_width, *values = s->batch.v + token * kv_width;
+        turn_heads(a, s->batch.q + token * hp->head_count * dim, hp->head_count, a->block->bias[0], a->block->q_norm, position);
+        turn_heads(a, keys, hp->head_count_kv, a->block->bias[1], a->block->k_norm, position);
+        if (a->block->bias[2] != NULL) {
+            s->kernels->add(values, a->block->bias[2], kv_width);
         }
         for (size_t h = 0; h < hp->head_count_kv; h++) {
-            float *key = s->batch.k + (token * hp->head_count_kv + h) * dim;
             uint16_t half[MQ_MAX_HEAD_DIM], *column = mq_cache_key(&s->cache, a->first_head + h, position);
-            s->kernels->rope(key, cosine, sine, dim);
-            s->kernels->to_f16(key, half, dim);
+            s->kernels->to_f16(keys + h * dim, half, dim);
             for (size_t i = 0; i < dim; i++) {
                 column[i * MQ_KEY_POSITIONS] = half[i];
             }
-            const float *value = s->batch.v + (token * hp->head_count_kv + h) * dim;
-            s->kernels->to_f16(value, mq_cache_values(&s->cache, a->first_head + h, position), dim);
+            s->kernels->to_f16(values + h * dim, mq_cache_values(&s->cache, a->first_head + h, position), dim);
         }
     }
 }
@@ -61,7 +83,7 @@ static mq_queries queries_of(const attention *a, size_t head, size_t first, size
     const size_t shared = hp->head_count / hp->head_count_kv, stride = (size_t)hp->head_count * hp->head_dim;
     return (mq_queries){.query = a->session->batch.q + first * stride + head * shared * hp->head_dim, .tokens = count,
                         .token_stride = stride, .heads = shared, .head_dim = hp->head_dim,
-                        .scale = a->session->attention_scale};
+                        .scale = hp->attention_scale, .softcap = hp->attention_softcap};
 }
 
 /* `seen`: positions up to and with that of the queries' first token. */
@@ -151,7 +173,7 @@ static void join_chunks(const attention *a, size_t head)
 void mq_attention_run(mq_session *session, uint32_t block, uint32_t n)
 {
     const mq_hparams *hp = &session->model->hparams;
-    attention a = {.session = session, .hparams = hp, .first_head = (size_t)block * hp->head_count_kv, .n = n,
+    attention a = {.session = session, .hparams = hp, .block = &session->model->blocks[block], .first_head = (size_t)block * hp->head_count_kv, .n = n,
                    .end = (size_t)session->position + n};
     const size_t heads = hp->head_count_kv;
     mq_pool_run(session->pool, store_item, &a, (a.end - 1) / MQ_KEY_POSITIONS - session->position / MQ_KEY_POSITIONS + 1);
