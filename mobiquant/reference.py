@@ -155,7 +155,7 @@ class ReferenceModel:
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
         if self._exact:
-            return causal_attention(query, key, value, self._scale, window)
+            return causal_attention(query, key, value, self._scale, window=window)
         before = key.shape[1] - query.shape[1]
         seen = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device).tril(before)
         seen = seen.triu(before - window + 1) if window else seen

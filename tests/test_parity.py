@@ -89,9 +89,9 @@ def test_attention_of_the_last_tokens_alone_equals_theirs_in_the_whole_text():
     positions = 2 * ATTENTION_CHUNK + 37
     query, key, value = (torch.randn(2, positions, 6, generator=generator) for _ in range(3))
     for window in (0, 1, 40, ATTENTION_CHUNK, ATTENTION_CHUNK + 30):
-        whole = causal_attention(query, key, value, 0.4, window)
+        whole = causal_attention(query, key, value, 0.4, window=window)
         for last in (1, 30, ATTENTION_CHUNK + 3):
-            alone = causal_attention(query[:, -last:], key, value, 0.4, window)
+            alone = causal_attention(query[:, -last:], key, value, 0.4, window=window)
             torch.testing.assert_close(alone, whole[:, -last:], rtol=0, atol=0)
         seen = torch.ones(positions, positions, dtype=torch.bool).tril().triu(1 - (window or positions))
         expected = functional.scaled_dot_product_attention(query, key, value, seen, scale=0.4)

@@ -109,11 +109,15 @@ static int32_t allocate_caches(mq_session *session)
 static int32_t allocate(mq_session *session, uint32_t n_threads)
 {
     const mq_hparams *hp = &session->model->hparams;
-    const size_t ctx = session->n_ctx, half = hp->head_dim / 2;
+    const size_t ctx = session->n_ctx, half = hp->rope_dim / 2;
     int32_t failed = allocate_batch(session);
     failed |= allocate_caches(session);
-    session->cosine = own(session, product(ctx, half, 1), sizeof(float), &failed);
-    session->sine = own(session, product(ctx, half, 1), sizeof(float), &failed);
+    for (size_t i = 0; i < MQ_ROPES; i++) {
+        if (session->model->inv_freq[i] != NULL) {
+            session->cosine[i] = own(session, product(ctx, half, 1), sizeof(float), &failed);
+            session->sine[i] = own(session, product(ctx, half, 1), sizeof(float), &failed);
+        }
+    }
     session->depths = own(session, product(ctx, hp->block_count, MQ_LINEARS), sizeof(uint8_t), &failed);
     session->table = own(session, product(hp->block_count, MQ_LINEARS, 1), sizeof(uint8_t), &failed);
     session->thresholds = own(session, product(hp->block_count, MQ_LINEARS, MQ_GATES), sizeof(float), &failed);
@@ -134,12 +138,15 @@ static int32_t allocate(mq_session *session, uint32_t n_threads)
 /* Angles in float32 like the reference's, the cosine itself in double. */
 static void fill_rope(mq_session *session)
 {
-    const size_t half = session->model->hparams.head_dim / 2;
-    for (size_t p = 0; p < session->n_ctx; p++) {
-        for (size_t i = 0; i < half; i++) {
-            const float angle = (float)p * session->model->inv_freq[i];
-            session->cosine[p * half + i] = (float)cos((double)angle);
-            session->sine[p * half + i] = (float)sin((double)angle);
+    const size_t half = session->model->hparams.rope_dim / 2;
+    for (size_t table = 0; table < MQ_ROPES; table++) {
+        const float *inv_freq = session->model->inv_freq[table];
+        for (size_t p = 0; inv_freq != NULL && p < session->n_ctx; p++) {
+            for (size_t i = 0; i < half; i++) {
+                const float angle = (float)p * inv_freq[i];
+                session->cosine[table][p * half + i] = (float)cos((double)angle);
+                session->sine[table][p * half + i] = (float)sin((double)angle);
+            }
         }
     }
 }
@@ -181,7 +188,6 @@ mq_status mq_session_open(const mq_model *model, const mq_session_options *optio
         return mq_fail(error, MQ_ERR_MEMORY, "cannot allocate a session");
     }
     session->model = model;
-    session->attention_scale = 1.0f / sqrtf((float)model->hparams.head_dim);
     session->output_depth = model->hparams.output_depth;
     atomic_flag_clear(&session->busy);
     const uint32_t n_threads = options->n_threads == 0 ? 1 : options->n_threads;

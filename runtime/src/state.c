@@ -53,7 +53,7 @@ static uint64_t fingerprint(const mq_model *model)
                               hp->head_count, hp->head_count_kv, hp->head_dim, hp->embedding_depth, hp->router_hidden};
     const size_t width = hp->embedding_length * sizeof(float);
     uint64_t value = hash(HASH_START, shape, sizeof shape);
-    value = hash(value, model->inv_freq, hp->head_dim / 2 * sizeof(float));
+    value = hash(value, model->inv_freq[0], hp->rope_dim / 2 * sizeof(float));
     value = hash(value, model->output_norm, width);
     value = hash(value, model->embedding.plane[0], SAMPLE);
     for (uint32_t i = 0; i < hp->block_count; i++) {
