@@ -31,6 +31,10 @@ KEY_SLIDING_WINDOW_PATTERN = "mobiquant.attention.sliding_window_pattern"
 KEY_ROPE_FREQ_BASE = "mobiquant.rope.freq_base"
 KEY_ROPE_DIMENSION = "mobiquant.rope.dimension_count"
 KEY_ROPE_PATTERN = "mobiquant.rope.pattern"
+KEY_ROPE_SCALING = "mobiquant.rope.scaling.type"
+KEY_ROPE_FACTOR = "mobiquant.rope.scaling.factor"
+KEY_ROPE_ORIGINAL = "mobiquant.rope.scaling.original_context_length"
+KEY_ROPE_ATTENTION = "mobiquant.rope.scaling.attn_factor"
 KEY_ACTIVATION = "mobiquant.hidden_activation"
 KEY_EMBEDDING_SCALE = "mobiquant.embedding_scale"
 KEY_SLICE_COUNT = "mobiquant.slice.count"
@@ -76,6 +80,7 @@ SUFFIX_BIAS = "bias"
 # Of the models that a file may hold (mobiquant.architectures), and of the gate's activation.
 BASE_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "gemma2", "gemma3")
 ACTIVATIONS = ("silu", "gelu_tanh")
+ROPE_SCALINGS = ("none", "linear", "dynamic", "llama3", "yarn")
 
 
 def block_tensor(block: int, name: str) -> str:

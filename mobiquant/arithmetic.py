@@ -106,11 +106,23 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return cap_tensor - 2.0 * cap_tensor / (1.0 + exponential(x * (2.0 / cap_tensor)))
 
 
-def rope_tables(inverse_frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, float32 [positions, head_dim / 2]: angles in float32, the functions in float64."""
-    positions_column = torch.arange(positions, dtype=torch.float32, device=inverse_frequencies.device)[:, None]
-    angles = (positions_column * inverse_frequencies).double()
-    return angles.cos().float(), angles.sin().float()
+def rope_tables(
+    inverse_frequencies: Tensor, positions: int, scaling: RopeScaling = NO_SCALING
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, float32 [positions, rotated / 2]: angles in float32, powers and the functions in float64.
+
+    Dynamic scaling turns position p by the frequencies of a text of p + 1 tokens (runtime/src/rope.c).
+    """
+    device = inverse_frequencies.device
+    column = torch.arange(positions, dtype=torch.float64, device=device)[:, None]
+    frequencies = inverse_frequencies.expand(positions, -1)
+    if scaling.kind == "dynamic":
+        stretched = scaling.factor * (column + 1) / scaling.original - (scaling.factor - 1)
+        exponents = -2 * torch.arange(frequencies.shape[1], dtype=torch.float64, device=device)
+        grown = frequencies.double() * stretched.clamp(min=1) ** (exponents / (2 * frequencies.shape[1] - 2))
+        frequencies = torch.where(column < scaling.original, frequencies, grown.float())
+    angles = (column.float() * frequencies).double()
+    return angles.cos().float() * scaling.attention, angles.sin().float() * scaling.attention
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

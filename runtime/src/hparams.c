@@ -35,6 +35,7 @@ static const limit LIMITS[] = {
 static const limit OPTIONAL_LIMITS[] = {
     {MQ_KEY_ROPE_DIMENSION, FIELD(rope_dim), 2, MQ_MAX_HEAD_DIM},
     {MQ_KEY_SLIDING_WINDOW, FIELD(sliding_window), 1, 1u << 20},
+    {MQ_KEY_ROPE_ORIGINAL, FIELD(rope_original), 1, 1u << 20},
 };
 
 static const struct { const char *key; size_t field; float low, high; } OPTIONAL_FLOATS[] = {
@@ -42,10 +43,13 @@ static const struct { const char *key; size_t field; float low, high; } OPTIONAL
     {MQ_KEY_ATTENTION_SOFTCAP, FIELD(attention_softcap), 1e-3f, 1e6f},
     {MQ_KEY_OUTPUT_SOFTCAP, FIELD(output_softcap), 1e-3f, 1e6f},
     {MQ_KEY_EMBEDDING_SCALE, FIELD(embedding_scale), 1e-6f, 1e6f},
+    {MQ_KEY_ROPE_FACTOR, FIELD(rope_factor), 1.0f, 1e4f},
+    {MQ_KEY_ROPE_ATTENTION, FIELD(rope_attention), 1e-3f, 1e3f},
 };
 
 static const char *const BASE_ARCHITECTURES[] = MQ_BASE_ARCHITECTURES;
 static const char *const ACTIVATIONS[] = MQ_ACTIVATIONS;
+static const char *const ROPE_SCALINGS[] = MQ_ROPE_SCALINGS;
 
 /* Keys that must have one value in this version of the format. */
 static const struct { const char *key; uint32_t value; } FIXED[] = {
@@ -88,6 +92,11 @@ static mq_status check_relations(const gguf_file *file, const mq_hparams *hparam
                        "%" PRIu32, file->path, gguf_find_key(file, MQ_KEY_ROPE_DIMENSION) ? MQ_KEY_ROPE_DIMENSION
                        : MQ_KEY_HEAD_DIM, hparams->head_dim, hparams->rope_dim);
     }
+    if (hparams->rope_scaling == MQ_SCALING_DYNAMIC
+        && (hparams->rope_factor == 0.0f || hparams->rope_original == 0 || hparams->rope_dim < 4)) {
+        return mq_fail(error, MQ_ERR_FORMAT, "%s: key '%s': dynamic needs %s, %s and at least 4 rotated dimensions", file->path,
+                       MQ_KEY_ROPE_SCALING, MQ_KEY_ROPE_FACTOR, MQ_KEY_ROPE_ORIGINAL);
+    }
     if (!(hparams->rms_epsilon >= 0.0f && hparams->rms_epsilon <= 1.0f)) {
         return mq_fail(error, MQ_ERR_FORMAT, "%s: key '%s': expected 0 to 1, found %g", file->path, MQ_KEY_RMS_EPSILON,
                        (double)hparams->rms_epsilon);
@@ -112,6 +121,7 @@ static mq_status read_optional(const gguf_file *file, mq_hparams *hparams, mq_er
     hparams->rope_dim = hparams->head_dim;
     hparams->attention_scale = 1.0f / sqrtf((float)hparams->head_dim);
     hparams->embedding_scale = 1.0f;
+    hparams->rope_attention = 1.0f;
     mq_status status = MQ_OK;
     for (size_t i = 0; i < sizeof OPTIONAL_LIMITS / sizeof OPTIONAL_LIMITS[0] && status == MQ_OK; i++) {
         if (gguf_find_key(file, OPTIONAL_LIMITS[i].key) != NULL) {
@@ -133,6 +143,10 @@ static mq_status read_optional(const gguf_file *file, mq_hparams *hparams, mq_er
     if (status == MQ_OK && gguf_find_key(file, MQ_KEY_ACTIVATION) != NULL) {
         status = gguf_choice(file, MQ_KEY_ACTIVATION, ACTIVATIONS, sizeof ACTIVATIONS / sizeof ACTIVATIONS[0],
                              &hparams->activation, error);
+    }
+    if (status == MQ_OK && gguf_find_key(file, MQ_KEY_ROPE_SCALING) != NULL) {
+        status = gguf_choice(file, MQ_KEY_ROPE_SCALING, ROPE_SCALINGS, sizeof ROPE_SCALINGS / sizeof ROPE_SCALINGS[0],
+                             &hparams->rope_scaling, error);
     }
     return status;
 }

@@ -34,6 +34,10 @@
 #define MQ_KEY_SLIDING_WINDOW_PATTERN "mobiquant.attention.sliding_window_pattern"
 #define MQ_KEY_ROPE_DIMENSION "mobiquant.rope.dimension_count"
 #define MQ_KEY_ROPE_PATTERN "mobiquant.rope.pattern"
+#define MQ_KEY_ROPE_SCALING "mobiquant.rope.scaling.type"
+#define MQ_KEY_ROPE_FACTOR "mobiquant.rope.scaling.factor"
+#define MQ_KEY_ROPE_ORIGINAL "mobiquant.rope.scaling.original_context_length"
+#define MQ_KEY_ROPE_ATTENTION "mobiquant.rope.scaling.attn_factor"
 #define MQ_KEY_ACTIVATION "mobiquant.hidden_activation"
 #define MQ_KEY_EMBEDDING_SCALE "mobiquant.embedding_scale"
 #define MQ_KEY_SLICE_COUNT "mobiquant.slice.count"
@@ -64,6 +68,8 @@
 #define MQ_BASE_ARCHITECTURES {"llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "gemma2", "gemma3"}
 /* In the order of MQ_ACTIVATION_SILU and the following (hparams.h). */
 #define MQ_ACTIVATIONS {"silu", "gelu_tanh"}
+/* In the order of MQ_SCALING_NONE and the following (hparams.h). */
+#define MQ_ROPE_SCALINGS {"none", "linear", "dynamic", "llama3", "yarn"}
 
 /* Linears of a block, in the order of the depth record, and the routers (points) that serve them. */
 #define MQ_LINEARS 7

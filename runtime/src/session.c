@@ -6,6 +6,7 @@
 #include "definition.h"
 #include "error.h"
 #include "memory.h"
+#include "rope.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -135,22 +136,6 @@ static int32_t allocate(mq_session *session, uint32_t n_threads)
     return failed;
 }
 
-/* Angles in float32 like the reference's, the cosine itself in double. */
-static void fill_rope(mq_session *session)
-{
-    const size_t half = session->model->hparams.rope_dim / 2;
-    for (size_t table = 0; table < MQ_ROPES; table++) {
-        const float *inv_freq = session->model->inv_freq[table];
-        for (size_t p = 0; inv_freq != NULL && p < session->n_ctx; p++) {
-            for (size_t i = 0; i < half; i++) {
-                const float angle = (float)p * inv_freq[i];
-                session->cosine[table][p * half + i] = (float)cos((double)angle);
-                session->sine[table][p * half + i] = (float)sin((double)angle);
-            }
-        }
-    }
-}
-
 static mq_status check_options(const mq_model *model, const mq_session_options *options, mq_session *session, mq_error *error)
 {
     const uint32_t limit = model->hparams.context_length;
@@ -203,7 +188,11 @@ mq_status mq_session_open(const mq_model *model, const mq_session_options *optio
         mq_session_close(session);
         return status;
     }
-    fill_rope(session);
+    for (size_t i = 0; i < MQ_ROPES; i++) {
+        if (model->inv_freq[i] != NULL) {
+            mq_rope_fill(model, i, session->n_ctx, session->cosine[i], session->sine[i]);
+        }
+    }
     memset(session->table, (int)model->info.max_depth, (size_t)model->hparams.block_count * MQ_LINEARS);
     *out = session;
     return MQ_OK;
