@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
+from mobiquant.architectures import UnsupportedModelError
 from mobiquant.checkpoint import (
     CONFIG_FILE,
     EMBEDDING,
@@ -42,7 +42,7 @@ from mobiquant.checkpoint import (
 from mobiquant.config import CalibrationSettings, QuantizationConfig, RouterConfig
 from mobiquant.data import CalibrationWindows, calibration_windows
 from mobiquant.linear import Precision, SliceEmbedding
-from mobiquant.models import UnsupportedModelError, install_slices, linear_shapes, load_block
+from mobiquant.models import install_slices, linear_shapes, load_block
 from mobiquant.outer import measure_outer
 from mobiquant.packing import SLICE_COUNT
 from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask, Recipe, recipes
@@ -169,7 +169,7 @@ class _Calibration:
 
     def _first_streams(self, embedding: Tensor, table: SlicedWeight) -> _Streams:
         training, held_out = map(torch.from_numpy, (self.windows.training, self.windows.held_out))
-        sliced_embedding = SliceEmbedding(table, self.quantization.embedding_depth)
+        sliced_embedding = self._slice_embedding(table)
         depths = torch.cat(
             (
                 torch.arange(len(training)) % SLICE_COUNT + 1,
@@ -177,7 +177,10 @@ class _Calibration:
             )
         )
         sliced = sliced_embedding(torch.cat((training, held_out.repeat(SLICE_COUNT, 1))))
-        return _Streams(functional.embedding(training, embedding), sliced, depths)
+        return _Streams(self.source.embed(training, embedding), sliced, depths)
+
+    def _slice_embedding(self, table: SlicedWeight) -> SliceEmbedding:
+        return SliceEmbedding(table, self.quantization.embedding_depth, self.source.config.embedding_scale)
 
     def _task(
         self, index: int, block: nn.Module, streams: _Streams, targets: Tensor, sensitivity: Sensitivity, bar: tqdm
@@ -266,7 +269,7 @@ class _Calibration:
 
     def _cuts(self, table: SlicedWeight) -> np.ndarray:
         windows = torch.from_numpy(self.windows.held_out[:_THRESHOLD_WINDOWS])
-        hidden = SliceEmbedding(table, self.quantization.embedding_depth)(windows)
+        hidden = self._slice_embedding(table)(windows)
         blocks = [
             lambda index=index: self._saved_block(index).to(self.device) for index in range(self.source.block_count)
         ]
@@ -292,9 +295,10 @@ class _Calibration:
         quantization = dataclasses.replace(
             self.quantization, embedding_depth=embedding_depth, output_depth=output_depth
         )
-        outer[FINAL_NORM] = self.source.tensor(FINAL_NORM).numpy()
+        outer[FINAL_NORM] = self.source.final_norm().weight.numpy()
         outer[STATIC_ORDER] = static_order(expected_gains(scores))
-        outer[ROTARY_FREQUENCIES] = self.source.rotary().inv_freq.numpy()
+        frequencies = self.source.frequencies()
+        outer |= {name: table.numpy() for name, table in zip(ROTARY_FREQUENCIES, frequencies, strict=False)}
         write_tensors(self.folder / OUTER_FILE, outer)
         for path in _work_files(self.folder):
             path.unlink()

@@ -57,7 +57,7 @@ def measure_outer(
     """
     ids = torch.from_numpy(windows[:_WINDOWS])
     tables = (source.embedding(), *(unslice_weight(embedding, depth) for depth in _DEPTHS))
-    streams = [functional.embedding(ids, table) for table in tables]
+    streams = [source.embed(ids, table) for table in tables]
     positions = position_embeddings(source, windows.shape[1], device)
     for index in tqdm(range(source.block_count), desc="embedding and head", unit="block"):
         block = source.block(index).to(device)
@@ -65,13 +65,16 @@ def measure_outer(
             part.copy_(block(part.to(device), position_embeddings=positions))
     norm, full = source.final_norm().to(device), source.head().to(device)
     sums = np.stack(
-        [_compare(streams, ids, norm, full, unslice_weight(head, depth).to(device)) for depth in _DEPTHS], axis=1
+        [_compare(source, streams, ids, norm, full, unslice_weight(head, depth).to(device)) for depth in _DEPTHS],
+        axis=1,
     )
     nll, divergence = np.moveaxis(sums / (ids.shape[0] * (ids.shape[1] - 1)), 2, 0)
     return OuterCosts(np.expm1(nll), divergence)
 
 
-def _compare(streams: list[Tensor], ids: Tensor, norm: nn.Module, full: Tensor, head: Tensor) -> np.ndarray:
+def _compare(
+    source: Source, streams: list[Tensor], ids: Tensor, norm: nn.Module, full: Tensor, head: Tensor
+) -> np.ndarray:
     """float64 [4, 2], sums over tokens for the streams after the first, with `head` float32 [vocab, width]: what they
     add to the negative log likelihood of the first stream with the head `full`, and their divergence from it."""
     sums = np.zeros((len(streams) - 1, 2))
@@ -81,9 +84,9 @@ def _compare(streams: list[Tensor], ids: Tensor, norm: nn.Module, full: Tensor, 
             exact, *others = (
                 norm(stream[window, start : start + len(following)].to(head.device)) for stream in streams
             )
-            expected = (exact @ full.T).log_softmax(-1)
+            expected = source.capped(exact @ full.T).log_softmax(-1)
             for place, x in enumerate(others):
-                found = (quantize_activations(x).dequantized() @ head.T).log_softmax(-1)
+                found = source.capped(quantize_activations(x).dequantized() @ head.T).log_softmax(-1)
                 missed = expected.gather(1, following) - found.gather(1, following)
                 apart = functional.kl_div(found, expected, reduction="sum", log_target=True)
                 sums[place] += missed.double().sum().item(), apart.double().item()

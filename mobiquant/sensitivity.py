@@ -7,6 +7,7 @@ The backward pass goes block by block, so memory holds one block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +56,12 @@ def measure_sensitivity(
     generator = torch.Generator(device).manual_seed(seed)
     for start in tqdm(range(0, count, batch), desc="sensitivity", unit="batch"):
         ids = torch.from_numpy(windows[start : start + batch])
-        hidden = [functional.embedding(ids, embedding)]
+        hidden = [source.embed(ids, embedding)]
         for index in range(blocks):
             with torch.no_grad():
                 block = source.block(index).to(device)
                 hidden.append(block(hidden[-1].to(device), position_embeddings=positions).cpu())
-        gradient = _loss_gradient(hidden.pop().to(device), norm, head, generator)
+        gradient = _loss_gradient(hidden.pop().to(device), lambda x: source.capped(norm(x) @ head.T), generator)
         for index in reversed(range(blocks)):
             block = source.block(index).to(device)
             gradient, squares = _block_gradients(block, hidden.pop().to(device), gradient, positions)
@@ -74,14 +75,15 @@ def measure_sensitivity(
 
 def position_embeddings(source: Source, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions 0 .. seq_len-1, as a block takes them."""
-    positions = torch.arange(seq_len, device=device)[None]
-    return source.rotary().to(device)(torch.zeros(1, device=device), positions)
+    frequencies = torch.stack(source.frequencies()).to(device)
+    angles = torch.arange(seq_len, device=device)[:, None] * frequencies[:, None]
+    return angles.cos(), angles.sin()
 
 
-def _loss_gradient(hidden: Tensor, norm: nn.Module, head: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of the summed negative log likelihood of sampled labels by the last block's output."""
+def _loss_gradient(hidden: Tensor, predict: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
+    """Gradient of the summed negative log likelihood of sampled labels by the last block's output. predict: logits."""
     hidden = hidden.requires_grad_()
-    logits = (norm(hidden) @ head.T).flatten(0, 1)
+    logits = predict(hidden).flatten(0, 1)
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
     (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, labels, reduction="sum"), hidden)
     return gradient

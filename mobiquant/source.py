@@ -14,21 +14,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn import functional
 
+from mobiquant.architectures import UnsupportedModelError, parse_config
+from mobiquant.block import DecoderBlock, Norm, soft_capped
 from mobiquant.checkpoint import CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD, INDEX_FILE, TOKENIZER_FILES
-from mobiquant.models import ARCHITECTURES, UnsupportedModelError, empty_block, parse_config
+from mobiquant.models import empty_block, rotary_frequencies, transformers_config
 
 _SINGLE_FILE = "model.safetensors"
 
 
 class Source:
-    """An opened model folder. config: the transformers configuration; content: config.json as it is."""
+    """An opened model folder. config: what config.json says of the forward pass; content: config.json as it is;
+    original: the configuration as transformers takes it."""
 
     def __init__(self, path: Path, content: dict[str, Any]):
         self.path = path
         self.content = content
         self.config = parse_config(content, path / CONFIG_FILE)
-        self.config._attn_implementation = "sdpa"
+        self.original = transformers_config(content, path / CONFIG_FILE)
         self._index = _weight_map(path)
 
     @property
@@ -39,29 +43,33 @@ class Source:
     def context_length(self) -> int:
         return self.config.max_position_embeddings
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor in float32. Raises UnsupportedModelError when it is absent or cannot be read."""
+    def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """One tensor, or some of its rows, in float32. Raises UnsupportedModelError when absent or unreadable."""
         if name not in self._index:
             raise UnsupportedModelError(f"{self.path}: tensor {name}: expected, found nothing")
         file = self.path / self._index[name]
         try:
             with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(name).to(torch.float32)
+                whole = rows == slice(None)
+                return (opened.get_tensor(name) if whole else opened.get_slice(name)[rows]).to(torch.float32)
         except (OSError, SafetensorError) as error:
             raise UnsupportedModelError(f"{file}: tensor {name}: cannot be read: {error}") from error
 
-    def block(self, index: int) -> nn.Module:
+    def block(self, index: int) -> DecoderBlock:
         """Block `index` in full precision, ready to run, its parameters frozen."""
         block = empty_block(self.config, index)
         prefix = f"model.layers.{index}."
         tensors = {}
         for name, parameter in block.state_dict().items():
-            tensors[name] = self.tensor(prefix + name)
+            stored, rows = self.config.source_rows(name)
+            tensors[name] = self.tensor(prefix + stored, rows)
             if tensors[name].shape != parameter.shape:
                 raise UnsupportedModelError(
-                    f"{self.path}: tensor {prefix + name}: expected shape {tuple(parameter.shape)}, "
+                    f"{self.path}: tensor {prefix + stored}: expected shape {tuple(parameter.shape)}, "
                     f"found {tuple(tensors[name].shape)}"
                 )
+            if name.endswith("norm.weight"):
+                tensors[name] = tensors[name] + self.config.norm_offset
         block.load_state_dict(tensors, assign=True)
         return block.requires_grad_(False).eval()
 
@@ -73,16 +81,23 @@ class Source:
         """float32 [vocab, width]; the embedding when tied."""
         return self.embedding() if self.config.tie_word_embeddings else self.tensor(f"{HEAD}.weight")
 
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        """What the first block reads: rows of an embedding float32 [vocab, width], scaled."""
+        return functional.embedding(ids, table) * self.config.embedding_scale
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits as the model predicts with them."""
+        return soft_capped(logits, self.config.output_softcap)
+
     def final_norm(self) -> nn.Module:
         """The norm before the head, frozen."""
-        with torch.device("meta"):
-            norm = ARCHITECTURES[self.config.model_type].norm(self.config.hidden_size, self.config.rms_norm_eps)
-        norm.load_state_dict({"weight": self.tensor(FINAL_NORM)}, assign=True)
+        norm = Norm(self.config.hidden_size, self.config.rms_norm_eps)
+        norm.weight.data = self.tensor(FINAL_NORM) + self.config.norm_offset
         return norm.requires_grad_(False)
 
-    def rotary(self) -> nn.Module:
-        """The module that turns positions into cosines and sines; its `inv_freq` goes into the checkpoint."""
-        return ARCHITECTURES[self.config.model_type].rotary(self.config)
+    def frequencies(self) -> list[Tensor]:
+        """Rotary frequencies, float32 [rotated dimensions / 2], of every table of the model."""
+        return rotary_frequencies(self.config, self.original)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of tokenizer.json."""

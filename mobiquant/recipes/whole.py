@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mobiquant.architectures import UnsupportedModelError
 from mobiquant.checkpoint import LINEARS, block_name
 from mobiquant.config import CalibrationSettings
-from mobiquant.models import UnsupportedModelError, linear_shapes
+from mobiquant.models import linear_shapes
 from mobiquant.recipes import ModelTask
 from mobiquant.sensitivity import position_embeddings
 from mobiquant.source import Source
@@ -30,6 +31,7 @@ class WholeModel:
 
     def __init__(self, task: ModelTask, replace: Callable[[str, Tensor], nn.Module]):
         source, device = task.source, task.device
+        self._source = source
         self.layers: dict[str, nn.Module] = {}
         self._blocks: list[nn.Module] = []
         for index in range(source.block_count):
@@ -64,11 +66,11 @@ class WholeModel:
     def _log_probs(self, ids: Tensor, half: bool, original: bool) -> Tensor:
         for layer in self.layers.values():
             layer.original = original
-        hidden = functional.embedding(ids, self._embedding)
+        hidden = self._source.embed(ids, self._embedding)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=half and ids.is_cuda):
             for block in self._blocks:
                 hidden = block(hidden, position_embeddings=self._positions)
-            logits = functional.linear(self._norm(hidden), self._head)
+            logits = self._source.capped(functional.linear(self._norm(hidden), self._head))
         return logits.float().log_softmax(-1)
 
 
