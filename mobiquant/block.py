@@ -93,8 +93,6 @@ class DecoderBlock(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention, [windows, heads, tokens, head_dim]."""
         spec, window, tokens = self.spec, self.spec.windows[self.index], query.shape[2]
-        shared = spec.num_attention_heads // spec.num_key_value_heads
-        key, value = (part.repeat_interleave(shared, dim=1) for part in (key, value))
         seen = None
         if spec.attention_softcap or 0 < window < tokens:
             seen = seen_positions(tokens, tokens, window, query.device)
@@ -109,11 +107,14 @@ def seen_positions(tokens: int, positions: int, window: int, device: torch.devic
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, seen: Tensor | None) -> Tensor:
-    """Softmax attention of [..., heads, tokens, head_dim]. seen: as from seen_positions; None: all up to the token's
-    own.
+    """Softmax attention: query [..., heads, tokens, head_dim], key and value of as many heads or of a divisor of them.
+
+    seen: as from seen_positions; None: all up to the token's own.
     """
     if not softcap:
-        return functional.scaled_dot_product_attention(query, key, value, seen, is_causal=seen is None, scale=scale)
+        options = {"is_causal": seen is None, "scale": scale, "enable_gqa": query.shape[-3] != key.shape[-3]}
+        return functional.scaled_dot_product_attention(query, key, value, seen, **options)
+    key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], dim=-3) for part in (key, value))
     scores = soft_capped(query @ key.transpose(-1, -2) * scale, softcap).masked_fill(~seen, -torch.inf)
     return scores.softmax(-1) @ value
 

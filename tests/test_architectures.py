@@ -17,15 +17,10 @@ from benchmarks.parity import compare  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 import mobiquant.transformers  # noqa: E402, F401  (registers the quantizer)
-from export.keys import ACTIVATIONS, BASE_ARCHITECTURES  # noqa: E402
-from export.shape import ModelShape  # noqa: E402
-from export.source import checkpoint_shape  # noqa: E402
 from export.to_gguf import export_checkpoint  # noqa: E402
-from mobiquant.architectures import ARCHITECTURES, UnsupportedModelError, parse_config  # noqa: E402
 from mobiquant.arithmetic import causal_attention, rms_norm, rope_tables  # noqa: E402
 from mobiquant.block import soft_capped  # noqa: E402
 from mobiquant.calibrate import calibrate  # noqa: E402
-from mobiquant.checkpoint import open_checkpoint  # noqa: E402
 from mobiquant.config import CalibrationSettings  # noqa: E402
 from mobiquant.demo.train import train_tokenizer  # noqa: E402
 from mobiquant.exact import run_block  # noqa: E402
@@ -87,7 +82,9 @@ CASES = [
     Case("qwen2", "qwen2", 140, 77, 2, 1, settings={"tie_word_embeddings": True}),
     Case("qwen3", "qwen3", 72, 130, 3, 1, settings={"head_dim": 100}),
     Case("phi3", "phi3", 160, 90, 2, 1, settings={"partial_rotary_factor": 0.75}),
-    Case("smollm3", "smollm3", 132, 129, 2, 2, blocks=3, settings={"no_rope_layers": [1, 0, 1], "attention_bias": True}),
+    Case(
+        "smollm3", "smollm3", 132, 129, 2, 2, blocks=3, settings={"no_rope_layers": [1, 0, 1], "attention_bias": True}
+    ),
     Case(
         "gemma2",
         "gemma2",

@@ -18,7 +18,6 @@ torch = pytest.importorskip("torch")
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import mobiquant.calibrate as calibration  # noqa: E402
-from mobiquant.architectures import UnsupportedModelError  # noqa: E402
 from mobiquant.checkpoint import LINEARS, CheckpointError, open_checkpoint  # noqa: E402
 from mobiquant.cli import main  # noqa: E402
 from mobiquant.data import calibration_windows  # noqa: E402

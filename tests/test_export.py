@@ -246,7 +246,11 @@ def cut(name: str) -> Callable[[Tensors], None]:
         (cut("static_order"), {}, r"tensor static_order: expected shape \(42,\), found \(41,\)"),
         (None, {"model_type": "gpt2"}, r"model_type: expected one of llama, mistral, .*, found gpt2"),
         (None, {"hidden_size": "wide"}, r"hidden_size: expected a number of type int, found 'wide'"),
-        (None, {"num_key_value_heads": 3}, r"num_key_value_heads: expected a divisor of num_attention_heads 4, found 3"),
+        (
+            None,
+            {"num_key_value_heads": 3},
+            r"num_key_value_heads: expected a divisor of num_attention_heads 4, found 3",
+        ),
         (None, {"vocab_size": 21}, r"tokenizer\.json: expected token ids below the model's vocab_size 21, found 21"),
         (None, {"eos_token_id": [1, 99]}, r"token id: expected 0\.\.44, found 99"),
     ],
