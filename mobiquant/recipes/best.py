@@ -20,7 +20,7 @@ from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask
 from mobiquant.recipes.distill import distill, slice_steps
 from mobiquant.recipes.gains import fit_router, measure_gains, set_level
 from mobiquant.recipes.route import train_routers
-from mobiquant.recipes.trained_slice import TrainedSlice, slice_optimizer, train_slice
+from mobiquant.recipes.trained_slice import SliceTraining
 from mobiquant.recipes.whole import fits, tensor_cores
 from mobiquant.router import Router, TrainableRouter
 from mobiquant.slices import SlicedWeight, unslice_weight
@@ -97,14 +97,14 @@ def _block_steps(settings: CalibrationSettings) -> list[int]:
 def _train_slices(task: BlockTask) -> dict[str, SlicedWeight]:
     """Slice after slice on the windows that came here at its depth; the block is left as it was."""
     originals = {name: task.block.get_submodule(name) for name in LINEARS}
-    layers = {name: TrainedSlice(linear.weight) for name, linear in originals.items()}
-    for name, layer in layers.items():
+    training = SliceTraining()
+    for name, linear in originals.items():
+        layer = training.add(name, linear.weight)
         layer.original = False
         task.block.set_submodule(name, layer)
     batch = max(1, round(task.settings.distill_batch * _BATCH_SHARE))
     for number, count in enumerate(_block_steps(task.settings), start=1):
-        for layer in layers.values():
-            layer.begin(number)
+        training.begin(number)
         own = torch.nonzero(task.depths == number).flatten()
 
         def loss(_: int, own: Tensor = own) -> Tensor:
@@ -117,7 +117,7 @@ def _train_slices(task: BlockTask) -> dict[str, SlicedWeight]:
 
         stage = f"slice {number}/{SLICE_COUNT}"
         with tensor_cores():
-            train_slice(layers, slice_optimizer(layers), range(count), loss, lambda _, stage=stage: task.advance(stage))
+            training.train(training.optimizer(), range(count), loss, lambda _, stage=stage: task.advance(stage))
     for name, linear in originals.items():
         task.block.set_submodule(name, linear)
-    return {name: layer.sliced() for name, layer in layers.items()}
+    return {name: training.sliced(name) for name in originals}

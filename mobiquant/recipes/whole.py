@@ -48,30 +48,30 @@ class WholeModel:
         self._norm, self._head = source.final_norm().to(device), source.head().to(device)
         self._positions = position_embeddings(source, task.settings.seq_len, device)
 
-    def divergence(self, ids: Tensor, half: bool) -> Tensor:
+    def divergence(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Mean KL divergence of the predictions from the original model's, nats a token; ids: int64 [n, seq_len].
 
-        half: products in bfloat16 on a GPU.
+        dtype: of the blocks' products on a GPU.
         """
         with torch.no_grad():
-            expected = self._log_probs(ids, half, original=True)
-        found = self._log_probs(ids, half, original=False)
+            expected = self._log_probs(ids, dtype, original=True)
+        found = self._log_probs(ids, dtype, original=False)
         return functional.kl_div(found, expected, reduction="sum", log_target=True) / ids.numel()
 
     @torch.no_grad()
     def run(self, ids: Tensor) -> None:
         """A forward pass, in bfloat16 on a GPU, for what it leaves in the layers."""
-        self._log_probs(ids, half=True, original=False)
+        self._log_probs(ids, torch.bfloat16, original=False)
 
-    def _log_probs(self, ids: Tensor, half: bool, original: bool) -> Tensor:
+    def _log_probs(self, ids: Tensor, dtype: torch.dtype, original: bool) -> Tensor:
         for layer in self.layers.values():
             layer.original = original
         hidden = self._source.embed(ids, self._embedding)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=half and ids.is_cuda):
+        with torch.autocast(ids.device.type, dtype, enabled=ids.is_cuda):
             for block in self._blocks:
                 hidden = block(hidden, position_embeddings=self._positions)
-            logits = self._source.capped(functional.linear(self._norm(hidden), self._head))
-        return logits.float().log_softmax(-1)
+        # In float32: a rounded logit would be an error of its own, of the size of the deepest slices'.
+        return self._source.capped(functional.linear(self._norm(hidden), self._head)).log_softmax(-1)
 
 
 def fits(source: Source, settings: CalibrationSettings, device: torch.device) -> bool:
