@@ -66,9 +66,6 @@ class ModelShape:
         rotated = self.rope_dim or self.head_dim
         good = rotated % 2 == 0 and rotated <= self.head_dim
         _check(good, "head_dim", f"an even number of rotated dimensions, at most {self.head_dim}", rotated)
-        for name in ("rope_pattern", "sliding_window_pattern"):
-            entries = len(getattr(self, name))
-            _check(entries in (0, self.block_count), name, f"{self.block_count} blocks", entries)
 
     def linear(self, name: str) -> tuple[int, int]:
         """(rows, columns) of a linear of a block, or of `token_embd` and `output`."""

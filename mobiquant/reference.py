@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mobiquant.architectures import MAIN_ROPE, NO_ROPE, ModelSpec, parse_config
-from mobiquant.arithmetic import causal_attention, rms_norm, rope_tables, soft_cap
+from mobiquant.arithmetic import causal_attention, rms_norm, rope_tables, round_to_int8, soft_cap
 from mobiquant.block import DecoderBlock, attend, rotary_tables, seen_positions
 from mobiquant.checkpoint import EMBEDDING, FINAL_NORM, HEAD, LINEARS, ROTARY_FREQUENCIES, STATIC_ORDER, open_checkpoint
 from mobiquant.correction import RunningCorrection
@@ -43,6 +43,7 @@ class ReferenceModel:
         inverse_frequencies: Sequence[Tensor],
         static_order: np.ndarray | None,
         exact: bool,
+        cache_type: str,
     ) -> None:
         self.config = config
         self._precision = precision
@@ -54,6 +55,7 @@ class ReferenceModel:
         self._inverse_frequencies = inverse_frequencies
         self._static_order = static_order
         self._exact = exact
+        self._cache_type = cache_type
         self._average_bits = float(SLICE_BITS * SLICE_COUNT)
         self._depths: list[np.ndarray] = []
         self._sizes = np.array([rows * columns for rows, columns in linear_shapes(config).values()])
@@ -100,7 +102,7 @@ class ReferenceModel:
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """float32 [n, vocab] for tokens int [n]."""
         embedded = self._embedding(torch.from_numpy(tokens.astype(np.int64)).to(self._norm.device))
-        caches = [_Cache() for _ in self._blocks]
+        caches = [_Cache(self._cache_type) for _ in self._blocks]
         outputs: list[Tensor] = []
         self._depths = []
         for begin, end in self._stretches(len(tokens)):
@@ -150,9 +152,7 @@ class ReferenceModel:
             shared = query.shape[0] // key.shape[0]
             key, value = (cached.repeat_interleave(shared, dim=0) for cached in cache.extend(key, value))
             if self._exact:
-                if 0 < window < key.shape[1]:
-                    raise ValueError(f"{key.shape[1]} positions: expected at most the sliding window {window}")
-                return causal_attention(query, key, value, spec.attention_scale, spec.attention_softcap)
+                return causal_attention(query, key, value, spec.attention_scale, spec.attention_softcap, window)
             seen = seen_positions(query.shape[1], key.shape[1], window, query.device)
             batch = (part.unsqueeze(0) for part in (query, key, value))
             return attend(*batch, spec.attention_scale, spec.attention_softcap, seen).squeeze(0)
@@ -161,16 +161,17 @@ class ReferenceModel:
 
 
 class _Cache:
-    """Keys and values of one block so far, float16 as in the runtime: [kv heads, positions, head_dim]."""
+    """Keys and values of one block so far, rounded as in the runtime, float32 [kv heads, positions, head_dim]."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache_type: str) -> None:
+        self._rounded = round_to_int8 if cache_type == "q8_0" else lambda part: part.half().float()
         self._parts: tuple[Tensor, ...] = ()
 
     def extend(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Append keys and values of new tokens, float32; returns all of them, float32."""
-        new = tuple(part.half() for part in parts)
+        """Append keys and values of new tokens, float32; returns all of them."""
+        new = tuple(self._rounded(part) for part in parts)
         self._parts = tuple(torch.cat(pair, 1) for pair in zip(self._parts, new, strict=True)) if self._parts else new
-        return tuple(part.float() for part in self._parts)
+        return self._parts
 
 
 def _check_bits(name: str, bits: float) -> None:
@@ -178,8 +179,10 @@ def _check_bits(name: str, bits: float) -> None:
         raise ValueError(f"{name}: expected {SLICE_BITS}..{SLICE_BITS * SLICE_COUNT}, found {bits}")
 
 
-def open_reference(path: Path | str, device: str = "cpu", *, exact: bool = True) -> ReferenceModel:
-    """Open a checkpoint folder. Raises CheckpointError or UnsupportedModelError."""
+def open_reference(
+    path: Path | str, device: str = "cpu", *, exact: bool = True, cache_type: str = "f16"
+) -> ReferenceModel:
+    """Open a checkpoint folder. cache_type: "f16" or "q8_0". Raises CheckpointError or UnsupportedModelError."""
     checkpoint = open_checkpoint(path)
     config = parse_config(checkpoint.config, checkpoint.path)
     quantization, read = checkpoint.quantization, checkpoint.tensor
@@ -209,4 +212,5 @@ def open_reference(path: Path | str, device: str = "cpu", *, exact: bool = True)
         [table.to(device) for table in frequencies],
         order,
         exact,
+        cache_type,
     )

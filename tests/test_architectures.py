@@ -43,8 +43,9 @@ LLAMA3_ROPE = {
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny model. error: relative root mean square of C's logits at 8 bits against transformers', measured and rounded
-    up; it is that of int8 activations."""
+    """A tiny model. error: relative root mean square of C's logits at 8 bits against transformers', measured and
+    rounded up; it is that of int8 activations.
+    """
 
     name: str
     model_type: str

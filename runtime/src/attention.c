@@ -17,8 +17,8 @@ typedef struct attention {
     mq_session *session;
     const mq_hparams *hparams;
     const mq_block *block;
-    size_t first_head; /* of the block, in the cache */
-    size_t n, end;     /* tokens; positions once they are in the cache */
+    const mq_cache *cache; /* of the block */
+    size_t n, end;         /* tokens; positions once they are in the cache */
 } attention;
 
 static size_t smaller(size_t a, size_t b)
@@ -66,12 +66,7 @@ static void store_item(void *argument, size_t item, uint32_t thread)
             s->kernels->add(values, a->block->bias[2], kv_width);
         }
         for (size_t h = 0; h < hp->head_count_kv; h++) {
-            uint16_t half[MQ_MAX_HEAD_DIM], *column = mq_cache_key(&s->cache, a->first_head + h, position);
-            s->kernels->to_f16(keys + h * dim, half, dim);
-            for (size_t i = 0; i < dim; i++) {
-                column[i * MQ_KEY_POSITIONS] = half[i];
-            }
-            s->kernels->to_f16(values + h * dim, mq_cache_values(&s->cache, a->first_head + h, position), dim);
+            mq_cache_put(a->cache, s->kernels, h, position, keys + h * dim, values + h * dim);
         }
     }
 }
@@ -83,17 +78,22 @@ static mq_queries queries_of(const attention *a, size_t head, size_t first, size
     const size_t shared = hp->head_count / hp->head_count_kv, stride = (size_t)hp->head_count * hp->head_dim;
     return (mq_queries){.query = a->session->batch.q + first * stride + head * shared * hp->head_dim, .tokens = count,
                         .token_stride = stride, .heads = shared, .head_dim = hp->head_dim,
-                        .scale = hp->attention_scale, .softcap = hp->attention_softcap};
+                        .scale = hp->attention_scale, .softcap = hp->attention_softcap, .window = a->block->window};
+}
+
+/* The first position that a token at `position` sees. */
+static size_t oldest_seen(const attention *a, size_t position)
+{
+    const size_t window = a->block->window;
+    return window != 0 && position + 1 > window ? position + 1 - window : 0;
 }
 
 /* `seen`: positions up to and with that of the queries' first token. */
 static void attend_chunk(const attention *a, size_t head, const mq_queries *queries, size_t chunk, size_t seen, float *part)
 {
     const size_t begin = chunk * MQ_ATTENTION_CHUNK;
-    const mq_cache *cache = &a->session->cache;
-    a->session->kernels->attend(queries, smaller(seen - begin, MQ_ATTENTION_CHUNK),
-                                mq_cache_keys(cache, a->first_head + head, begin),
-                                mq_cache_values(cache, a->first_head + head, begin), part);
+    const mq_stored stored = mq_cache_at(a->cache, head, begin);
+    a->session->kernels->attend(queries, seen - begin, &stored, part);
 }
 
 static void finish(const float *part, size_t dim, float *out)
@@ -113,15 +113,25 @@ static void attend_tokens(void *argument, size_t item, uint32_t thread)
     const size_t head = item / blocks, first = item % blocks * MQ_ATTENTION_TOKENS;
     const size_t count = smaller(a->n - first, MQ_ATTENTION_TOKENS), position = s->position + first;
     const mq_queries all = queries_of(a, head, first, count);
-    const size_t floats = mq_part_floats(all.head_dim);
+    const size_t floats = mq_part_floats(all.head_dim), lowest = oldest_seen(a, position) / MQ_ATTENTION_CHUNK;
     float *parts = s->scratch[thread].parts, *next = s->scratch[thread].next;
-    attend_chunk(a, head, &all, 0, position + 1, parts);
-    for (size_t chunk = 1; chunk * MQ_ATTENTION_CHUNK < position + count; chunk++) {
-        const size_t begin = chunk * MQ_ATTENTION_CHUNK, blind = begin > position ? begin - position : 0; /* tokens */
-        const mq_queries seeing = queries_of(a, head, first + blind, count - blind);
-        attend_chunk(a, head, &seeing, chunk, position + blind + 1, next);
-        for (size_t i = 0; i < seeing.tokens * seeing.heads; i++) {
-            s->kernels->join(parts + (blind * all.heads + i) * floats, next + i * floats, all.head_dim);
+    for (size_t chunk = lowest; chunk * MQ_ATTENTION_CHUNK < position + count; chunk++) {
+        /* Tokens from `blind` on stand in the chunk or behind it; of those from `past` on the window does not reach back to it. */
+        const size_t begin = chunk * MQ_ATTENTION_CHUNK, blind = begin > position ? begin - position : 0;
+        size_t past = count;
+        while (oldest_seen(a, position + past - 1) >= begin + MQ_ATTENTION_CHUNK) {
+            past--;
+        }
+        const mq_queries seeing = queries_of(a, head, first + blind, past - blind);
+        float *into = chunk == lowest ? parts : next; /* nobody's blind there */
+        attend_chunk(a, head, &seeing, chunk, position + blind + 1, into);
+        for (size_t i = 0; i < seeing.tokens * seeing.heads && into == next; i++) {
+            float *part = parts + (blind * all.heads + i) * floats;
+            if (oldest_seen(a, position + blind + i / all.heads) >= begin) { /* the token's first chunk */
+                memcpy(part, next + i * floats, floats * sizeof *part);
+            } else {
+                s->kernels->join(part, next + i * floats, all.head_dim);
+            }
         }
     }
     float *out = s->batch.attended + (all.query - s->batch.q);
@@ -130,12 +140,18 @@ static void attend_tokens(void *argument, size_t item, uint32_t thread)
     }
 }
 
-static size_t chunks_of(const attention *a)
+/* Of one token: its first chunk, and how many it sees something of. */
+static size_t lowest_chunk(const attention *a)
 {
-    return (a->end + MQ_ATTENTION_CHUNK - 1) / MQ_ATTENTION_CHUNK;
+    return oldest_seen(a, a->end - 1) / MQ_ATTENTION_CHUNK;
 }
 
-/* Of one token, parts [kv head][chunk][query head]. */
+static size_t chunks_of(const attention *a)
+{
+    return (a->end + MQ_ATTENTION_CHUNK - 1) / MQ_ATTENTION_CHUNK - lowest_chunk(a);
+}
+
+/* Of one token, parts [kv head][chunk that it sees][query head]. */
 static float *part_at(const attention *a, size_t head, size_t chunk)
 {
     const mq_hparams *hp = a->hparams;
@@ -152,7 +168,7 @@ static void attend_chunks(void *argument, size_t item, uint32_t thread)
     const size_t first = item % spans * CHUNKS_PER_ITEM, last = smaller(first + CHUNKS_PER_ITEM, chunks_of(a));
     const mq_queries queries = queries_of(a, head, 0, 1);
     for (size_t chunk = first; chunk < last; chunk++) {
-        attend_chunk(a, head, &queries, chunk, a->end, part_at(a, head, chunk));
+        attend_chunk(a, head, &queries, lowest_chunk(a) + chunk, a->end, part_at(a, head, chunk));
     }
 }
 
@@ -173,8 +189,8 @@ static void join_chunks(const attention *a, size_t head)
 void mq_attention_run(mq_session *session, uint32_t block, uint32_t n)
 {
     const mq_hparams *hp = &session->model->hparams;
-    attention a = {.session = session, .hparams = hp, .block = &session->model->blocks[block], .first_head = (size_t)block * hp->head_count_kv, .n = n,
-                   .end = (size_t)session->position + n};
+    attention a = {.session = session, .hparams = hp, .block = &session->model->blocks[block], .cache = &session->caches[block],
+                   .n = n, .end = (size_t)session->position + n};
     const size_t heads = hp->head_count_kv;
     mq_pool_run(session->pool, store_item, &a, (a.end - 1) / MQ_KEY_POSITIONS - session->position / MQ_KEY_POSITIONS + 1);
     if (n > 1) {
