@@ -11,8 +11,10 @@ from export.plan import PlannedTensor
 from export.shape import ModelShape
 from mobiquant.architectures import MAIN_ROPE, UnsupportedModelError, parse_config
 from mobiquant.checkpoint import CONFIG_FILE, STATIC_ORDER, Checkpoint
-from mobiquant.packing import groups_of, pack_plane, pack_scale_offset
+from mobiquant.packing import TILE_ROWS, groups_of, pack_plane, pack_scale_offset
 from mobiquant.static import check_static_order
+
+_PIECE_WEIGHTS = 1 << 24
 
 
 def checkpoint_shape(checkpoint: Checkpoint) -> ModelShape:
@@ -85,8 +87,7 @@ class CheckpointSource:
         """Data of `tensor`. Raises CheckpointError when the checkpoint lacks it, ExportError for bad numbers."""
         name = checkpoint_name(tensor.module, tensor.block, self._shape.post_norms)
         if tensor.slice_index is not None:
-            codes = self._checkpoint.tensor(f"{name}.codes", np.uint8, self._shape.linear(tensor.module))
-            return pack_plane(codes, tensor.slice_index)
+            return self._plane(f"{name}.codes", tensor, tensor.slice_index)
         if tensor.part == SUFFIX_SCALE_OFFSET:
             rows, columns = self._shape.linear(tensor.module)
             scales, offsets = (
@@ -101,6 +102,18 @@ class CheckpointSource:
         if tensor.part == "threshold" and (np.diff(values, axis=-1) > 0).any():
             raise self._error(f"{name}.threshold", "expected values that never rise with the budget, found a rise")
         return values
+
+    def _plane(self, name: str, tensor: PlannedTensor, slice_index: int) -> np.ndarray:
+        """One slice of a matrix of codes, packed some tiles at a time: an embedding's codes can be larger than all that
+        an export may take."""
+        rows, columns = self._shape.linear(tensor.module)
+        plane = np.empty(tensor.shape, np.int8)
+        step = max(1, _PIECE_WEIGHTS // (TILE_ROWS * columns))
+        for tile in range(0, len(plane), step):
+            piece = slice(tile * TILE_ROWS, min(rows, (tile + step) * TILE_ROWS))
+            codes = self._checkpoint.tensor(name, np.uint8, (rows, columns), piece)
+            plane[tile : tile + step] = pack_plane(codes, slice_index)
+        return plane
 
     def _hidden(self, name: str, tensor: PlannedTensor) -> np.ndarray:
         """A router's hidden weights, columns padded with 0 to whole groups."""

@@ -64,6 +64,12 @@ def linear_shapes(config: ModelSpec) -> dict[str, tuple[int, int]]:
     return dict(zip(LINEARS, shapes, strict=True))
 
 
+def hidden_bytes(config: ModelSpec) -> int:
+    """About what one token's hidden states in a block take until the backward pass: 12 widths and 6 feed-forwards, and
+    some temporaries."""
+    return 80 * (2 * config.hidden_size + config.intermediate_size)
+
+
 def empty_block(config: ModelSpec, index: int) -> DecoderBlock:
     """Block `index` without storage (meta device)."""
     with torch.device("meta"):

@@ -61,13 +61,13 @@ def calibrate_block(task: BlockTask) -> CalibratedBlock:
 
     def run(windows: Tensor, depth: int) -> None:
         for layer in layers.values():
-            layer.depth = depth
+            layer.read(depth)
         task.block(task.inputs[windows].to(task.device), position_embeddings=task.positions)
 
-    examples = measure_gains(task, lambda name, depth: layers[name].weights[depth], run)
+    examples = measure_gains(task, lambda name, depth: layers[name].weight_at(depth), run)
     routers: dict[str, Router] = {}
     for point, names in ROUTER_POINTS.items():
-        columns = layers[names[0]].weights[0].shape[1]
+        columns = layers[names[0]].weight_at(0).shape[1]
         router = TrainableRouter(columns, len(names), task.quantization.router.hidden_size, task.generator)
         fit_router(router.to(task.device), examples[point], task.settings.router_lr, task.generator)
         with torch.no_grad():
@@ -79,15 +79,24 @@ def calibrate_block(task: BlockTask) -> CalibratedBlock:
 
 
 class _FrozenLinear(nn.Module):
-    """A linear at one depth. weights: float32 [rows, columns] at depths 1 to 4, after the original ones at depth 0."""
+    """A linear at one depth at a time: the weights of all would be four more blocks."""
 
     def __init__(self, weight: Tensor, sliced: SlicedWeight):
         super().__init__()
-        self.depth = 1
-        self.weights = [weight, *(unslice_weight(sliced, depth).to(weight.device) for depth in (1, 2, 3, 4))]
+        self._original, self._sliced = weight.detach(), sliced
+        self._depth, self._weight = 0, self._original
+
+    def weight_at(self, depth: int) -> Tensor:
+        """float32 [rows, columns] at depth 1 to 4, the original weight at depth 0."""
+        return unslice_weight(self._sliced, depth).to(self._original.device) if depth else self._original
+
+    def read(self, depth: int) -> None:
+        """Compute at this depth from now on."""
+        if depth != self._depth:
+            self._depth, self._weight = depth, self.weight_at(depth)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weights[self.depth])
+        return functional.linear(x, self._weight)
 
 
 def _block_steps(settings: CalibrationSettings) -> list[int]:

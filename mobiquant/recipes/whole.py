@@ -13,7 +13,7 @@ from torch.nn import functional
 from mobiquant.architectures import UnsupportedModelError
 from mobiquant.checkpoint import LINEARS, block_name
 from mobiquant.config import CalibrationSettings
-from mobiquant.models import linear_shapes
+from mobiquant.models import hidden_bytes, linear_shapes
 from mobiquant.recipes import ModelTask
 from mobiquant.sensitivity import position_embeddings
 from mobiquant.source import Source
@@ -22,8 +22,6 @@ from mobiquant.source import Source
 _BYTES_PER_WEIGHT = 40
 # Logits of both models, their logarithms and the gradients.
 _BYTES_PER_LOGIT = 32
-# Hidden states that the backward pass needs, per block and unit of its width: about 12, and 6 feed-forwards.
-_BYTES_PER_HIDDEN = 160
 
 
 class WholeModel:
@@ -44,7 +42,7 @@ class WholeModel:
                 self.layers[block_name(index, name)] = layer
                 block.set_submodule(name, layer)
             self._blocks.append(block)
-        self._embedding = task.embedding.to(device)
+        self._embedding = source.embedding().to(device) * source.config.embedding_scale
         self._norm, self._head = source.final_norm().to(device), source.head().to(device)
         self._positions = position_embeddings(source, task.settings.seq_len, device)
 
@@ -66,7 +64,7 @@ class WholeModel:
     def _log_probs(self, ids: Tensor, dtype: torch.dtype, original: bool) -> Tensor:
         for layer in self.layers.values():
             layer.original = original
-        hidden = self._source.embed(ids, self._embedding)
+        hidden = functional.embedding(ids, self._embedding)
         with torch.autocast(ids.device.type, dtype, enabled=ids.is_cuda):
             for block in self._blocks:
                 hidden = block(hidden, position_embeddings=self._positions)
@@ -78,9 +76,8 @@ def fits(source: Source, settings: CalibrationSettings, device: torch.device) ->
     """Whether the device can train a slice of the whole model at once."""
     config, tokens = source.config, settings.distill_batch * settings.seq_len
     weights = source.block_count * sum(rows * columns for rows, columns in linear_shapes(config).values())
-    widths = source.block_count * (2 * config.hidden_size + config.intermediate_size) // 2
     needed = weights * _BYTES_PER_WEIGHT
-    needed += tokens * (config.vocab_size * _BYTES_PER_LOGIT + widths * _BYTES_PER_HIDDEN)
+    needed += tokens * (config.vocab_size * _BYTES_PER_LOGIT + source.block_count * hidden_bytes(config))
     if device.type == "cuda":
         return needed < torch.cuda.get_device_properties(device).total_memory
     return needed < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
