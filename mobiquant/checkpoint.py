@@ -6,14 +6,15 @@
     DIR/outer.safetensors              embedding, head (when untied), final norm, rotary frequencies, static order
     DIR/tokenizer.json ...             copied from the source model
 
-Tensor names are Hugging Face module paths. A sliced matrix NAME of [rows, columns] is `NAME.codes` uint8
-[rows, columns], `NAME.scales` and `NAME.offsets` float16 [rows, groups] (offset = s·z, docs/format.md). NAME is
+Tensor names are Hugging Face module paths. A sliced matrix NAME of [rows, columns] is `NAME.codes` uint8 [rows,
+columns], `NAME.scales` and `NAME.offsets` float16 [rows, groups] (offset = s·z, docs/format.md). NAME is
 `model.embed_tokens`, `lm_head` (only when untied) or `model.layers.N.` + one of LINEARS. Routers are
 `model.layers.N.router_POINT.` + `hidden` int8 [H, columns], `hidden_scale` and `hidden_bias` float32 [H], `head`
-float32 [L, 3, H+1], `head_bias` float32 [L, 3], `threshold` float32 [L, 3, P]. Vectors, all float32: the norms
-`model.layers.N.input_layernorm.weight`, `model.layers.N.post_attention_layernorm.weight`, `model.norm.weight`, and
-`model.rotary_emb.inv_freq` [head dimension / 2]. `static_order` int32 [3 · 7 · blocks] lists linears as block · 7 +
-place in LINEARS (mobiquant.static); a checkpoint of before lacks it.
+float32 [L, 3, H+1], `head_bias` float32 [L, 3], `threshold` float32 [L, 3, P]. Vectors, all float32: those of a block
+that `ModelSpec.block_vectors` names, `model.norm.weight`, and `model.rotary_emb.inv_freq` [rotated dimensions / 2],
+with `model.rotary_emb.inv_freq_local` where blocks differ. Norms multiply by what is stored, in every architecture: 1
+is added where the model multiplies by 1 + w. `static_order` int32 [3 · 7 · blocks] lists linears as block · 7 + place
+in LINEARS (mobiquant.static); a checkpoint of before lacks it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 STATIC_ORDER = "static_order"
 FINAL_NORM = "model.norm.weight"
-ROTARY_FREQUENCIES = "model.rotary_emb.inv_freq"
+# Of the tables MAIN_ROPE and LOCAL_ROPE (mobiquant.architectures).
+ROTARY_FREQUENCIES = ("model.rotary_emb.inv_freq", "model.rotary_emb.inv_freq_local")
 BLOCK_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 # A router serves the linears that read one input; this order is also that of recorded depths.
@@ -74,7 +76,8 @@ def block_name(block: int, name: str) -> str:
 
 
 class Checkpoint:
-    """A finished checkpoint, open for reading. Tensors are read from disk one at a time, when asked for.
+    """A finished checkpoint, open for reading. Tensors are read from disk one at a time, when asked for, and no file
+    stays mapped between reads, so that resident memory is what was asked for.
 
     path: the folder; config: the parsed config.json; quantization: its `quantization_config`.
     """
@@ -84,7 +87,6 @@ class Checkpoint:
         self.config = config
         self.quantization = quantization
         self._index = index
-        self._files: dict[str, Any] = {}
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
@@ -94,9 +96,13 @@ class Checkpoint:
         return name in self._index
 
     def tensor(
-        self, name: str, dtype: type[np.generic] | None = None, shape: tuple[int, ...] | None = None
+        self,
+        name: str,
+        dtype: type[np.generic] | None = None,
+        shape: tuple[int, ...] | None = None,
+        rows: slice | None = None,
     ) -> np.ndarray:
-        """Read one tensor. With `dtype` or `shape`, also require them.
+        """Read one tensor, or some `rows` of it. With `dtype` or `shape`, also require them of the whole.
 
         Raises CheckpointError when the tensor is absent, unreadable, or not of that dtype or shape.
         """
@@ -104,15 +110,16 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: tensor {name}: expected in {INDEX_FILE}, found nothing")
         file = self.path / self._index[name]
         try:
-            if self._index[name] not in self._files:
-                self._files[self._index[name]] = safe_open(file, framework="numpy")
-            value = self._files[self._index[name]].get_tensor(name)
+            with safe_open(file, framework="numpy") as opened:
+                part = opened.get_slice(name)
+                found = tuple(part.get_shape())
+                if shape is not None and found != tuple(shape):
+                    raise CheckpointError(f"{file}: tensor {name}: expected shape {tuple(shape)}, found {found}")
+                value = opened.get_tensor(name) if rows is None else part[rows]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: tensor {name}: cannot be read: {error}") from error
         if dtype is not None and value.dtype != np.dtype(dtype):
             raise CheckpointError(f"{file}: tensor {name}: expected dtype {np.dtype(dtype)}, found {value.dtype}")
-        if shape is not None and value.shape != tuple(shape):
-            raise CheckpointError(f"{file}: tensor {name}: expected shape {tuple(shape)}, found {value.shape}")
         return value
 
 

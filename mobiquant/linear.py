@@ -5,7 +5,8 @@ The precision in use is shared by all layers of a model through one `Precision`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -23,13 +24,24 @@ class Precision:
     """How many slices the routed linears read: `depth` for every token, one for all or one per block and linear; when
     it is None, what the routers give at `average_bits`. budgets: the average bits of the threshold tables. recorded:
     per block and linear the depths of the last forward pass, uint8 [tokens]. exact: products in the runtime's order of
-    sums; without it one matrix product, much faster, and equal to rounding."""
+    sums; without it one matrix product, much faster, and equal to rounding. kept: matrices of products that are not
+    exact, while `keeping`."""
 
     budgets: tuple[float, ...]
     depth: int | Mapping[tuple[int, int], int] | None = SLICE_COUNT
     average_bits: float = float(SLICE_BITS * SLICE_COUNT)
     recorded: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     exact: bool = True
+    kept: dict[tuple[tuple[int, int], int], Tensor] | None = None
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Make the matrix of a linear at a depth once, for a block that runs many times: 4 bytes a weight and depth."""
+        self.kept = {}
+        try:
+            yield
+        finally:
+            self.kept = None
 
 
 class SliceLinear(nn.Module):
@@ -91,8 +103,16 @@ class RoutedLinear(SliceLinear):
             if self._precision.exact:
                 result[tokens] = self.multiply(chosen, depth)
             else:
-                result[tokens] = chosen.dequantized() @ unslice_weight(self.sliced(), depth).T
+                result[tokens] = chosen.dequantized() @ self._matrix(depth).T
         return result.reshape(*x.shape[:-1], self.rows)
+
+    def _matrix(self, depth: int) -> Tensor:
+        kept, key = self._precision.kept, (self._place, depth)
+        if kept is None:
+            return unslice_weight(self.sliced(), depth)
+        if key not in kept:
+            kept[key] = unslice_weight(self.sliced(), depth)
+        return kept[key]
 
     def _depths(self, x: Activations) -> Tensor:
         precision = self._precision
@@ -104,12 +124,13 @@ class RoutedLinear(SliceLinear):
 
 
 class SliceEmbedding(nn.Module):
-    """Rows of a sliced table at one depth: token ids int [...] -> float32 [..., columns]."""
+    """Rows of a sliced table at one depth, times `scale`: token ids int [...] -> float32 [..., columns]."""
 
-    def __init__(self, sliced: SlicedWeight, depth: int):
+    def __init__(self, sliced: SlicedWeight, depth: int, scale: float = 1.0):
         super().__init__()
         self.columns = sliced.codes.shape[1]
         self.depth = depth
+        self.scale = scale
         self.register_buffer("codes", sliced.codes)
         self.register_buffer("scales", sliced.scales)
         self.register_buffer("offsets", sliced.offsets)
@@ -118,4 +139,4 @@ class SliceEmbedding(nn.Module):
         scale = self.scales[token_ids].float().repeat_interleave(GROUP_SIZE, dim=-1)[..., : self.columns]
         offset = self.offsets[token_ids].float().repeat_interleave(GROUP_SIZE, dim=-1)[..., : self.columns]
         top = torch.bitwise_right_shift(self.codes[token_ids], SLICE_BITS * (SLICE_COUNT - self.depth)).float()
-        return fma(scale * 0.25 ** (self.depth - 1), top + 0.5, -offset)
+        return fma(scale * 0.25 ** (self.depth - 1), top + 0.5, -offset) * self.scale

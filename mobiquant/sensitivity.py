@@ -2,11 +2,13 @@
 
 With labels drawn from the model's own prediction and g the gradient of their negative log likelihood, a small error Δy
 costs E[(g·Δy)²] / 2 nats of KL divergence. Kept per linear as the product of one factor per token and one per row.
-The backward pass goes block by block, so memory holds one block.
+The backward pass goes block by block, so memory holds one block and the head, and the hidden states between all blocks
+of some windows, which may lie on disk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,12 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from mobiquant.checkpoint import LINEARS, read_tensors, write_tensors
+from mobiquant.hidden import hidden_states
 from mobiquant.source import Source
+
+# Tokens whose hidden states between all blocks are there at once, and tokens whose logits are.
+_PASS_TOKENS = 16384
+_LOGIT_TOKENS = 512
 
 
 class Sensitivity:
@@ -41,50 +48,81 @@ class Sensitivity:
 
 
 def measure_sensitivity(
-    source: Source, embedding: Tensor, windows: np.ndarray, batch: int, seed: int, device: torch.device
+    source: Source, windows: np.ndarray, batch: int, seed: int, device: torch.device, folder: Path | None = None
 ) -> Sensitivity:
     """One forward and one backward pass of the full-precision model over `windows`, int64 [windows, seq_len].
 
-    embedding: float32 [vocab, width].
+    batch: windows that pass a block together; folder: where hidden states lie, in memory without one.
     """
     blocks, (count, seq_len) = source.block_count, windows.shape
+    # Every pass over the model reads all of it, so as many windows as their hidden states allow take part.
+    together = max(batch, _PASS_TOKENS // seq_len)
+    passes = -(-count // together)
+    hidden = hidden_states((blocks + 1) * min(together, count), seq_len, source.config.hidden_size, folder)
     tokens = torch.zeros(blocks, len(LINEARS), count, seq_len)
     rows: list[list[Tensor]] = [[torch.zeros(0)] * len(LINEARS) for _ in range(blocks)]
     positions = position_embeddings(source, seq_len, device)
     norm, head = source.final_norm().to(device), source.head().to(device)
     generator = torch.Generator(device).manual_seed(seed)
-    for start in tqdm(range(0, count, batch), desc="sensitivity", unit="batch"):
-        ids = torch.from_numpy(windows[start : start + batch])
-        hidden = [functional.embedding(ids, embedding)]
-        for index in range(blocks):
-            with torch.no_grad():
+
+    def predict(x: Tensor) -> Tensor:
+        return source.capped(norm(x) @ head.T)
+
+    with tqdm(total=2 * passes * blocks, desc="sensitivity", unit="block") as bar:
+        for start in range(0, count, together):
+            ids = torch.from_numpy(windows[start : start + together])
+            batches = torch.arange(len(ids)).split(batch)
+            for chosen in batches:
+                hidden[chosen] = source.embed(ids[chosen])
+            for index in range(blocks):
+                before, after = index * len(ids), (index + 1) * len(ids)
+                with torch.no_grad():
+                    block = source.block(index).to(device)
+                    for chosen in batches:
+                        output = block(hidden[before + chosen].to(device), position_embeddings=positions)
+                        hidden[after + chosen] = output.cpu()
+                del block
+                bar.update()
+            # From here on a gradient by a block's output takes the place of the output.
+            for chosen in blocks * len(ids) + torch.arange(len(ids)):
+                gradient = _loss_gradient(hidden[int(chosen)].to(device), predict, generator)
+                hidden[int(chosen)] = gradient.cpu()
+            for index in reversed(range(blocks)):
+                before, after = index * len(ids), (index + 1) * len(ids)
                 block = source.block(index).to(device)
-                hidden.append(block(hidden[-1].to(device), position_embeddings=positions).cpu())
-        gradient = _loss_gradient(hidden.pop().to(device), norm, head, generator)
-        for index in reversed(range(blocks)):
-            block = source.block(index).to(device)
-            gradient, squares = _block_gradients(block, hidden.pop().to(device), gradient, positions)
-            for place, square in enumerate(squares):
-                tokens[index, place, start : start + batch] = square.mean(-1).cpu()
-                total = square.sum((0, 1)).cpu()
-                rows[index][place] = total if start == 0 else rows[index][place] + total
+                for chosen in batches:
+                    gradient, squares = _block_gradients(
+                        block, hidden[before + chosen].to(device), hidden[after + chosen].to(device), positions
+                    )
+                    hidden[before + chosen] = gradient.cpu()
+                    for place, square in enumerate(squares):
+                        tokens[index, place, start + chosen] = square.mean(-1).cpu()
+                        total = square.sum((0, 1)).cpu()
+                        first = start == 0 and chosen[0] == 0
+                        rows[index][place] = total if first else rows[index][place] + total
+                del block
+                bar.update()
     shares = [[total / total.mean().clamp_min(1e-30) for total in linears] for linears in rows]
     return Sensitivity(tokens, shares)
 
 
 def position_embeddings(source: Source, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions 0 .. seq_len-1, as a block takes them."""
-    positions = torch.arange(seq_len, device=device)[None]
-    return source.rotary().to(device)(torch.zeros(1, device=device), positions)
+    frequencies = torch.stack(source.frequencies()).to(device)
+    angles = torch.arange(seq_len, device=device)[:, None] * frequencies[:, None]
+    return angles.cos(), angles.sin()
 
 
-def _loss_gradient(hidden: Tensor, norm: nn.Module, head: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of the summed negative log likelihood of sampled labels by the last block's output."""
-    hidden = hidden.requires_grad_()
-    logits = (norm(hidden) @ head.T).flatten(0, 1)
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-    (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, labels, reduction="sum"), hidden)
-    return gradient
+def _loss_gradient(hidden: Tensor, predict: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
+    """Gradient of the summed negative log likelihood of sampled labels by the last block's output, [seq_len, width].
+    predict: from that output to logits."""
+    gradients = []
+    for tokens in hidden.split(_LOGIT_TOKENS):
+        tokens = tokens.detach().requires_grad_()
+        logits = predict(tokens)
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        gradients += torch.autograd.grad(functional.cross_entropy(logits, labels, reduction="sum"), tokens)
+    return torch.cat(gradients)
 
 
 def _block_gradients(

@@ -49,6 +49,8 @@ def test_windowed_blocks_give_the_reference_bits(tiny_checkpoint: Path, tmp_path
     checkpoint = tmp_path / "windowed"
     shutil.copytree(tiny_checkpoint, checkpoint)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    # Llama's tensors, in an architecture that has windows.
+    config |= {"model_type": "smollm3", "no_rope_layers": [1, 1], "use_sliding_window": True}
     config |= {"sliding_window": 270, "layer_types": ["sliding_attention", "full_attention"]}
     config |= {"max_position_embeddings": 2000}
     (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
