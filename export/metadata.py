@@ -75,6 +75,13 @@ def _flags(shape: ModelShape) -> list[Field]:
     ):
         if value is not None:
             fields.append(_f32(key, value))
+    scaling = shape.rope_scaling
+    if scaling.kind != "default":
+        fields.append(_string(keys.KEY_ROPE_SCALING, scaling.kind))
+    if scaling.kind == "dynamic":
+        fields += [_f32(keys.KEY_ROPE_FACTOR, scaling.factor), _u32(keys.KEY_ROPE_ORIGINAL, scaling.original)]
+    if scaling.attention != 1:
+        fields.append(_f32(keys.KEY_ROPE_ATTENTION, scaling.attention))
     if shape.activation != "silu":
         fields.append(_string(keys.KEY_ACTIVATION, shape.activation))
     if shape.sliding_window:

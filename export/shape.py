@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from export import keys
 from export.errors import ExportError
 from export.keys import ROUTER_POINTS
+from mobiquant.architectures import NO_SCALING, RopeScaling
 from mobiquant.packing import SLICE_COUNT
 
 
@@ -40,6 +41,7 @@ class ModelShape:
     embedding_scale: float = 1.0
     activation: str = "silu"
     rope_dim: int = 0  # leading dimensions of a head that are rotated; 0: all
+    rope_scaling: RopeScaling = NO_SCALING
     rope_pattern: tuple[int, ...] = ()  # per block 0 not rotated, 1 main, 2 local table; empty: all 1
     sliding_window: int = 0  # positions a token sees in a windowed block, its own counted; 0: no block has a window
     sliding_window_pattern: tuple[int, ...] = ()  # per block 1 windowed, 0 not; empty: all windowed

@@ -30,7 +30,7 @@ def checkpoint_shape(checkpoint: Checkpoint) -> ModelShape:
     try:
         return ModelShape(
             vocab_size=spec.vocab_size,
-            context_length=spec.max_position_embeddings,
+            context_length=spec.context_length,
             embedding_length=spec.hidden_size,
             block_count=blocks,
             feed_forward_length=spec.intermediate_size,
@@ -51,6 +51,7 @@ def checkpoint_shape(checkpoint: Checkpoint) -> ModelShape:
             embedding_scale=spec.embedding_scale,
             activation=spec.activation,
             rope_dim=spec.rotary_dim,
+            rope_scaling=spec.rope_scaling,
             rope_pattern=() if set(spec.ropes) == {MAIN_ROPE} else spec.ropes,
             sliding_window=max(spec.windows),
             sliding_window_pattern=() if len(set(windowed)) == 1 else windowed,

@@ -16,12 +16,15 @@ from typing import Any
 
 import numpy as np
 
-# Rotary types whose frequencies are fixed by the configuration alone, with no scaling of the attention.
-ROPE_KINDS = ("default", "linear", "llama3")
+# Rotary types of the main table, by transformers' names. A local table may have those alone whose frequencies are all
+# that there is to them.
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+_LOCAL_ROPE_KINDS = ("default", "linear", "llama3")
 # Which rotary table a block uses, as the file has it in mobiquant.rope.pattern.
 NO_ROPE, MAIN_ROPE, LOCAL_ROPE = 0, 1, 2
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
+_ORIGINAL = "original_max_position_embeddings"
 
 
 class UnsupportedModelError(ValueError):
@@ -29,14 +32,32 @@ class UnsupportedModelError(ValueError):
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How the rotation of the main table is stretched beyond its frequencies (docs/format.md, Rotation).
+
+    kind: of ROPE_KINDS; the frequencies already tell all of them but dynamic. factor, original: of that one and of
+    yarn, how far the context is stretched, and from which length. attention: cosines and sines are multiplied by it.
+    """
+
+    kind: str = "default"
+    factor: float = 1.0
+    original: int = 0
+    attention: float = 1.0
+
+
+NO_SCALING = RopeScaling()
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One model's sizes and the flags of its forward pass (docs/format.md, The forward pass). The sizes have the names
     of config.json.
 
-    ropes: per block NO_ROPE, MAIN_ROPE or LOCAL_ROPE; rotary_dim: leading dimensions of a head that are rotated;
-    windows: per block the positions that a token sees, its own counted, 0 for all; post_norms: a norm of what attention
-    and feed-forward add; norm_offset: 1 where a norm multiplies by 1 + w; fused: q, k, v are one tensor of the model
-    and gate and up another.
+    context_length: positions that the model can be used with; more than max_position_embeddings where the rotation is
+    stretched beyond them; ropes: per block NO_ROPE, MAIN_ROPE or LOCAL_ROPE; rotary_dim: leading dimensions of a head
+    that are rotated; windows: per block the positions that a token sees, its own counted, 0 for all; post_norms: a norm
+    of what attention and feed-forward add; norm_offset: 1 where a norm multiplies by 1 + w; fused: q, k, v are one
+    tensor of the model and gate and up another.
     """
 
     model_type: str
@@ -52,7 +73,9 @@ class ModelSpec:
     rms_norm_eps: float
     tie_word_embeddings: bool
     bos_token_id: int | None
+    context_length: int
     rope_theta: float
+    rope_scaling: RopeScaling
     rotary_dim: int
     ropes: tuple[int, ...]
     windows: tuple[int, ...]
@@ -336,7 +359,9 @@ def parse_config(content: Mapping[str, Any], where: Path | str) -> ModelSpec:
     if heads % heads_kv:
         raise reader.error("num_key_value_heads", f"a divisor of num_attention_heads {heads}", heads_kv)
     head_dim = reader.integer("head_dim", default=max(width // heads, 1))
-    rope_theta, rotary_dim = _rope(reader, row, head_dim)
+    positions = reader.integer("max_position_embeddings")
+    rope_theta, rotary_dim, scaling = _rope(reader, row, head_dim, positions)
+    stretched = int(scaling.factor * scaling.original) if scaling.kind in ("dynamic", "yarn") else 0
     activation_key = "hidden_activation" if row.gemma else "hidden_act"
     activation = "gelu_pytorch_tanh" if row.gemma else "silu"
     if reader.get(activation_key) != activation:
@@ -355,11 +380,13 @@ def parse_config(content: Mapping[str, Any], where: Path | str) -> ModelSpec:
         num_attention_heads=heads,
         num_key_value_heads=heads_kv,
         head_dim=head_dim,
-        max_position_embeddings=reader.integer("max_position_embeddings"),
+        max_position_embeddings=positions,
         rms_norm_eps=reader.number("rms_norm_eps"),
         tie_word_embeddings=bool(reader.get("tie_word_embeddings")),
         bos_token_id=reader.get("bos_token_id"),
+        context_length=max(positions, stretched),
         rope_theta=rope_theta,
+        rope_scaling=scaling,
         rotary_dim=rotary_dim,
         ropes=row.ropes(reader, blocks),
         windows=row.windows(reader, blocks),
@@ -387,26 +414,32 @@ def _cap(reader: _Reader, key: str) -> float:
     return float(np.float32(value))
 
 
-def _rope(reader: _Reader, row: Architecture, head_dim: int) -> tuple[float, int]:
-    """(base, rotated dimensions) of the main table. Refuses kinds of scaling that the format does not know.
+def _rope(reader: _Reader, row: Architecture, head_dim: int, positions: int) -> tuple[float, int, RopeScaling]:
+    """(base, rotated dimensions, scaling) of the main table. Refuses kinds of scaling that the format does not know.
 
     Old configurations have rope_theta and rope_scaling, newer ones both in rope_parameters, Gemma 3's by kind of layer.
     """
     given = reader.get("rope_parameters")
-    tables = [given if given is not None else {}, reader.get("rope_scaling")]
-    if isinstance(given, dict) and (_FULL in given or _SLIDING in given):
-        tables = [given.get(_FULL), given.get(_SLIDING), reader.get("rope_scaling")]
+    by_layer = isinstance(given, dict) and (_FULL in given or _SLIDING in given)
+    main, local = (given.get(_FULL), given.get(_SLIDING)) if by_layer else (given, None)
     base, factor = reader.number("rope_theta"), reader.get("partial_rotary_factor")
-    for place, table in enumerate(tables):
+    scaling = NO_SCALING
+    for table, kinds in (
+        (main, ROPE_KINDS),
+        (local, _LOCAL_ROPE_KINDS),
+        (reader.get("rope_scaling"), ROPE_KINDS),
+    ):
         if table is None:
             continue
         if not isinstance(table, dict):
             raise reader.error("rope_parameters", "an object", table)
         kind = table.get("rope_type", table.get("type", "default"))
-        if kind not in ROPE_KINDS:
-            raise reader.error("rope_type", f"one of {', '.join(ROPE_KINDS)} (fixed frequencies)", kind)
-        if place == 0:
+        if kind not in kinds:
+            raise reader.error("rope_type", f"one of {', '.join(kinds)}", kind)
+        if table is main:
             base = reader.of(table).number("rope_theta", default=base)
+        if table is not local and kind != "default":
+            scaling = _scaling(reader, reader.of(table), kind, positions)
         factor = table.get("partial_rotary_factor", factor)
     factor = 1.0 if factor is None else factor
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
@@ -414,6 +447,33 @@ def _rope(reader: _Reader, row: Architecture, head_dim: int) -> tuple[float, int
     if factor != 1 and not row.partial_rotary:
         raise reader.error("partial_rotary_factor", "1.0 (the whole head is rotated)", factor)
     rotary_dim = int(head_dim * factor)
-    if rotary_dim % 2 or not rotary_dim:
-        raise reader.error("head_dim", "an even number of rotated dimensions", rotary_dim)
-    return base, rotary_dim
+    if rotary_dim % 2 or not rotary_dim or (scaling.kind == "dynamic" and rotary_dim < 4):
+        raise reader.error("head_dim", "an even number of rotated dimensions, 4 or more when dynamic", rotary_dim)
+    return base, rotary_dim, scaling
+
+
+def _scaling(reader: _Reader, table: _Reader, kind: str, positions: int) -> RopeScaling:
+    """What the frequencies do not tell, as transformers takes it from a table of rope parameters."""
+    if kind in ("linear", "llama3"):
+        return RopeScaling(kind)
+    if kind == "dynamic":  # transformers stretches from max_position_embeddings on, whatever else the table says
+        factor = table.number("factor")
+        if factor < 1:
+            raise table.error("factor", "at least 1", factor)
+        return RopeScaling(kind, float(np.float32(factor)), positions)
+    original = reader.integer(_ORIGINAL) if reader.get(_ORIGINAL) else table.integer(_ORIGINAL, default=positions)
+    factor = table.number("factor", default=positions / original)
+    attention = table.number("attention_factor", default=_yarn_attention(table, factor))
+    if attention <= 0:
+        raise table.error("attention_factor", "a number above 0", attention)
+    return RopeScaling(kind, factor, original, float(np.float32(attention)))
+
+
+def _yarn_attention(table: _Reader, factor: float) -> float:
+    """YaRN's temperature as a factor of cosines and sines, from the two scales of its logarithm when both are there."""
+
+    def growth(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    scale, scale_all = (table.number(key, default=0.0) for key in ("mscale", "mscale_all_dim"))
+    return growth(scale) / growth(scale_all) if scale and scale_all else growth(1.0)

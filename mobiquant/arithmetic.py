@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mobiquant.architectures import NO_SCALING, RopeScaling
+
 LANES = 16
 ATTENTION_CHUNK = 256  # positions; runtime/src/definition.h
 CACHE_GROUP = 32  # of an int8 cache, dimensions of a head that share a scale
@@ -106,23 +108,27 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return cap_tensor - 2.0 * cap_tensor / (1.0 + exponential(x * (2.0 / cap_tensor)))
 
 
-def rope_tables(
-    inverse_frequencies: Tensor, positions: int, scaling: RopeScaling = NO_SCALING
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, float32 [positions, rotated / 2]: angles in float32, powers and the functions in float64.
+def rope_at(inverse_frequencies: Tensor, positions: Tensor, scaling: RopeScaling = NO_SCALING) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of whole positions [...]: float32 [..., rotated / 2]. Angles in float32, the rest in float64.
 
     Dynamic scaling turns position p by the frequencies of a text of p + 1 tokens (runtime/src/rope.c).
     """
-    device = inverse_frequencies.device
-    column = torch.arange(positions, dtype=torch.float64, device=device)[:, None]
-    frequencies = inverse_frequencies.expand(positions, -1)
+    positions = positions[..., None].double()
+    frequencies, half = inverse_frequencies, inverse_frequencies.shape[0]
     if scaling.kind == "dynamic":
-        stretched = scaling.factor * (column + 1) / scaling.original - (scaling.factor - 1)
-        exponents = -2 * torch.arange(frequencies.shape[1], dtype=torch.float64, device=device)
-        grown = frequencies.double() * stretched.clamp(min=1) ** (exponents / (2 * frequencies.shape[1] - 2))
-        frequencies = torch.where(column < scaling.original, frequencies, grown.float())
-    angles = (column.float() * frequencies).double()
+        stretched = scaling.factor * (positions + 1) / scaling.original - (scaling.factor - 1)
+        exponents = -2 * torch.arange(half, dtype=torch.float64, device=frequencies.device) / (2 * half - 2)
+        grown = (frequencies.double() * stretched.clamp(min=1) ** exponents).float()
+        frequencies = torch.where(positions < scaling.original, frequencies, grown)
+    angles = (positions.float() * frequencies).double()
     return angles.cos().float() * scaling.attention, angles.sin().float() * scaling.attention
+
+
+def rope_tables(
+    inverse_frequencies: Tensor, positions: int, scaling: RopeScaling = NO_SCALING
+) -> tuple[Tensor, Tensor]:
+    """Of positions 0 .. positions-1: float32 [positions, rotated / 2]."""
+    return rope_at(inverse_frequencies, torch.arange(positions, device=inverse_frequencies.device), scaling)
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -12,10 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import Cache
 
-from mobiquant.architectures import NO_ROPE
-from mobiquant.arithmetic import causal_attention, gelu_times, rms_norm, rotate, silu_times, soft_cap
+from mobiquant.architectures import NO_ROPE, RopeScaling
+from mobiquant.arithmetic import (
+    ATTENTION_CHUNK,
+    causal_attention,
+    gelu_times,
+    rms_norm,
+    rope_at,
+    rotate,
+    silu_times,
+    soft_cap,
+)
 from mobiquant.block import DecoderBlock
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -39,16 +49,17 @@ class ExactRotary(nn.Module):
     Buffers inv_freq and, with two tables, inv_freq_local, float32 [rotated / 2], read from the checkpoint.
     """
 
-    def __init__(self, rotary_dim: int, tables: int):
+    def __init__(self, rotary_dim: int, tables: int, scaling: RopeScaling):
         super().__init__()
+        self._scaling = scaling
         for name in ("inv_freq", "inv_freq_local")[:tables]:
             self.register_buffer(name, torch.empty(rotary_dim // 2, dtype=torch.float32))
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         """layer_type: which kind of block asks, where the tables differ."""
-        table = self.inv_freq_local if layer_type == "sliding_attention" else self.inv_freq
-        angles = (position_ids[..., None].float() * table).double()
-        return angles.cos().float(), angles.sin().float()
+        if layer_type == "sliding_attention":
+            return rope_at(self.inv_freq_local, position_ids)
+        return rope_at(self.inv_freq, position_ids, self._scaling)
 
 
 def run_block(
@@ -102,26 +113,31 @@ class ExactBlock(nn.Module):
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
         """hidden_states: float32 [batch, tokens, width]. attention_mask: None, or [batch, 1, tokens, positions], bool
-        or 0 where seen, with padding on the left alone.
+        or 0 where seen, with padding on the left alone. position_ids: [batch or 1, tokens]; a cache that keeps a window
+        alone is told by them.
         """
         spec, index = self.block.spec, self.block.index
+        window = spec.windows[index]
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             key, value = key.half().float(), value.half().float()
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, index)
-            if 0 < spec.windows[index] < key.shape[2]:
-                raise ValueError(f"{key.shape[2]} positions: expected at most the sliding window {spec.windows[index]}")
             shared = query.shape[1] // key.shape[1]
             key, value = (cached.repeat_interleave(shared, dim=1) for cached in (key, value))
             attended = torch.zeros_like(query)
             for row, padding in enumerate(_padding(attention_mask, len(query))):
                 first = max(0, padding - (key.shape[2] - query.shape[2]))  # padding among the queries, left as zeros
-                own = query[row, :, first:], key[row, :, padding:], value[row, :, padding:]
-                attended[row, :, first:] = causal_attention(*own, spec.attention_scale, spec.attention_softcap)
+                own = [query[row, :, first:], key[row, :, padding:], value[row, :, padding:]]
+                if window and position_ids is not None:  # chunks begin where they begin in the whole text
+                    gone = int(position_ids[row % len(position_ids), -1]) + 1 - own[1].shape[1]
+                    own[1:] = (functional.pad(part, (0, 0, gone % ATTENTION_CHUNK, 0)) for part in own[1:])
+                capped = spec.attention_softcap
+                attended[row, :, first:] = causal_attention(*own, spec.attention_scale, capped, window)
             return attended
 
         cosine, sine = (table.unsqueeze(1) for table in position_embeddings)
@@ -142,10 +158,10 @@ class ExactHead(nn.Module):
 
 
 def _padding(mask: Tensor | None, batch: int) -> list[int]:
-    """Positions before the first that the last token of each row sees. Raises ValueError for another kind of mask."""
+    """Positions before the first that any token of each row sees. Raises ValueError for another kind of mask."""
     if mask is None:
         return [0] * batch
-    seen = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
+    seen = (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0).any(1)
     counts = seen.sum(-1)
     padding = seen.shape[-1] - counts
     if not all(row[skipped:].all() for row, skipped in zip(seen, padding.tolist(), strict=True)):

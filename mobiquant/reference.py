@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mobiquant.architectures import MAIN_ROPE, NO_ROPE, ModelSpec, parse_config
+from mobiquant.architectures import MAIN_ROPE, NO_ROPE, NO_SCALING, ModelSpec, parse_config
 from mobiquant.arithmetic import causal_attention, rms_norm, rope_tables, round_to_int8, soft_cap
 from mobiquant.block import DecoderBlock, attend, rotary_tables, seen_positions
 from mobiquant.checkpoint import EMBEDDING, FINAL_NORM, HEAD, LINEARS, ROTARY_FREQUENCIES, STATIC_ORDER, open_checkpoint
@@ -108,8 +108,10 @@ class ReferenceModel:
         for begin, end in self._stretches(len(tokens)):
             x = embedded[begin:end]
             tables = [
-                tuple(part[begin:end] for part in rope_tables(frequencies, end))
-                for frequencies in self._inverse_frequencies
+                tuple(part[begin:end] for part in rope_tables(frequencies, end, scaling))
+                for frequencies, scaling in zip(
+                    self._inverse_frequencies, (self.config.rope_scaling, NO_SCALING), strict=False
+                )
             ]
             for block, cache in zip(self._blocks, caches, strict=True):
                 x = self._run_block(block, x, tables, cache)

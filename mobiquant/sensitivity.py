@@ -110,7 +110,10 @@ def position_embeddings(source: Source, seq_len: int, device: torch.device) -> t
     """Cosines and sines of positions 0 .. seq_len-1, as a block takes them."""
     frequencies = torch.stack(source.frequencies()).to(device)
     angles = torch.arange(seq_len, device=device)[:, None] * frequencies[:, None]
-    return angles.cos(), angles.sin()
+    cosine, sine = angles.cos(), angles.sin()
+    cosine[0] *= source.config.rope_scaling.attention  # dynamic scaling begins behind any text of calibration
+    sine[0] *= source.config.rope_scaling.attention
+    return cosine, sine
 
 
 def _loss_gradient(hidden: Tensor, predict: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:

@@ -198,7 +198,7 @@ class MobiQuantQuantizer(HfQuantizer):
                 install_slices(block, index, slices, self._empty_routers(linear_shapes(config)), precision)
                 model.model.layers[index] = block
             model.model.embed_tokens = SliceEmbedding(_empty_slices(vocabulary, width), SLICE_COUNT)
-            model.model.rotary_emb = ExactRotary(config.rotary_dim, rotary_tables(config))
+            model.model.rotary_emb = ExactRotary(config.rotary_dim, rotary_tables(config), config.rope_scaling)
             tied = config.tie_word_embeddings
             model.lm_head = nn.Identity() if tied else SliceLinear(_empty_slices(vocabulary, width))
         ignored = model._keys_to_ignore_on_load_unexpected or ()

@@ -24,7 +24,7 @@ def python_value(name: str) -> object:
 
 # Lists, and their lengths, which Python does not name.
 LISTS = {"LINEARS", "LINEAR_NAMES", "ROUTERS", "ROUTER_NAMES", "ROUTER_LINEARS", "BIASES"}
-LISTS |= {"BASE_ARCHITECTURES", "ACTIVATIONS"}
+LISTS |= {"BASE_ARCHITECTURES", "ACTIVATIONS", "ROPE_SCALINGS"}
 
 
 @pytest.mark.parametrize("name", sorted(set(DEFINES) - LISTS))
@@ -58,7 +58,7 @@ def test_linears_and_routers_come_in_the_same_order() -> None:
 
 
 def test_choices_of_a_file_are_the_same() -> None:
-    for name in ("BASE_ARCHITECTURES", "ACTIVATIONS"):
+    for name in ("BASE_ARCHITECTURES", "ACTIVATIONS", "ROPE_SCALINGS"):
         assert tuple(c_strings(name)) == getattr(keys, name)
 
 
