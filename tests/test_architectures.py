@@ -183,7 +183,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 @torch.no_grad()
 def test_blocks_of_calibration_are_transformers_own(made: Made) -> None:
     source = made.source
-    x = source.embed(torch.from_numpy(made.tokens.astype(np.int64))[None], source.embedding())
+    x = source.embed(torch.from_numpy(made.tokens.astype(np.int64))[None])
     positions = position_embeddings(source, TOKENS, torch.device("cpu"))
     for index in range(source.block_count):
         x = source.block(index)(x, position_embeddings=positions)
@@ -195,7 +195,7 @@ def test_blocks_of_calibration_are_transformers_own(made: Made) -> None:
 def test_arithmetic_of_the_runtime_is_transformers_own_but_for_the_slices(made: Made) -> None:
     """The reference's blocks with full-precision linears and keys and values: what is left is the order of sums."""
     source, spec = made.source, made.source.config
-    x = source.embed(torch.from_numpy(made.tokens.astype(np.int64)), source.embedding())
+    x = source.embed(torch.from_numpy(made.tokens.astype(np.int64)))
     tables = [None, *(rope_tables(frequencies, TOKENS) for frequencies in source.frequencies())]
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
