@@ -79,7 +79,7 @@ class Case:
 CASES = [
     Case("llama-2", "llama", 96, 133, 3, 3, blocks=1, recipe="paper"),
     Case("llama-3", "llama", 100, 72, 4, 2, settings={"head_dim": 80, "rope_parameters": LLAMA3_ROPE}),
-    Case("mistral", "mistral", 144, 200, 4, 1, recipe="paper", settings={"sliding_window": CONTEXT}),
+    Case("mistral", "mistral", 144, 200, 4, 1, recipe="paper", settings={"sliding_window": 17}),
     Case("qwen2", "qwen2", 140, 77, 2, 1, settings={"tie_word_embeddings": True}),
     Case("qwen3", "qwen3", 72, 130, 3, 1, settings={"head_dim": 100}),
     Case("phi3", "phi3", 160, 90, 2, 1, settings={"partial_rotary_factor": 0.75}),
@@ -97,7 +97,7 @@ CASES = [
             "head_dim": 256,
             "query_pre_attn_scalar": 144,
             "tie_word_embeddings": True,
-            "sliding_window": CONTEXT,
+            "sliding_window": 13,
             "attn_logit_softcapping": 3.0,
             "final_logit_softcapping": 4.0,
         },
@@ -113,7 +113,7 @@ CASES = [
         settings={
             "head_dim": 66,
             "tie_word_embeddings": True,
-            "sliding_window": CONTEXT,
+            "sliding_window": 9,
             "sliding_window_pattern": 2,
             "rope_theta": 30000.0,
             "rope_local_base_freq": 500.0,
@@ -201,7 +201,7 @@ def test_arithmetic_of_the_runtime_is_transformers_own_but_for_the_slices(made: 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         shared = len(query) // len(key)
         key, value = (part.repeat_interleave(shared, dim=0) for part in (key, value))
-        return causal_attention(query, key, value, spec.attention_scale, spec.attention_softcap)
+        return causal_attention(query, key, value, spec.attention_scale, spec.attention_softcap, spec.windows[index])
 
     for index in range(source.block_count):
         x = run_block(source.block(index), x, tables[spec.ropes[index]], attend)
