@@ -7,8 +7,9 @@
 #define MQ_CACHE_H
 
 #include "kernels.h"
+#include "file_limits.h"
 
-enum { MQ_MAX_HEAD_DIM = 1024, MQ_KEY_POSITIONS = 16 };
+enum { MQ_KEY_POSITIONS = 16 };
 
 typedef struct mq_cache {
     uint16_t *keys, *values; /* zero where nothing was put */

@@ -3,8 +3,7 @@
 #define MQ_HPARAMS_H
 
 #include "gguf.h"
-
-enum { MQ_MAX_BUDGETS = 256, MQ_MAX_ROUTER_HIDDEN = 16 };
+#include "file_limits.h"
 
 typedef struct mq_hparams {
     uint32_t vocab_size, context_length, embedding_length, block_count, feed_forward_length;

@@ -36,6 +36,7 @@
 #define MQ_KEY_ROUTER_HIDDEN "mobiquant.router.hidden_size"
 #define MQ_KEY_ROUTER_BUDGETS "mobiquant.router.budgets"
 #define MQ_KEY_STATIC_ORDER "mobiquant.static.order"
+#define MQ_KEY_CHECKSUMS "mobiquant.checksums"
 
 #define MQ_TENSOR_EMBEDDING "token_embd"
 #define MQ_TENSOR_OUTPUT "output"
@@ -44,6 +45,7 @@
 #define MQ_TENSOR_ATTN_NORM "attn_norm.weight"
 #define MQ_TENSOR_FFN_NORM "ffn_norm.weight"
 #define MQ_SUFFIX_SCALE_OFFSET "scale_offset"
+#define MQ_ROUTER_THRESHOLD "threshold"
 
 /* Linears of a block, in the order of the depth record, and the routers (points) that serve them. */
 #define MQ_LINEARS 7
