@@ -11,7 +11,6 @@ from math import prod
 import numpy as np
 
 from export.errors import ExportError
-from export.limits import MAX_TENSOR_NAME
 from export.keys import (
     LINEARS,
     ROUTER_POINTS,
@@ -26,6 +25,7 @@ from export.keys import (
     router_tensor,
     slice_tensor,
 )
+from export.limits import MAX_TENSOR_NAME
 from export.shape import ModelShape
 from mobiquant.packing import GROUP_SIZE, SLICE_COUNT, TILE_BYTES, TILE_ROWS, groups_of, tiles_of
 

@@ -70,12 +70,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens computed together (%(default)s)"
     )
+    add_cache_options(group)
     group.add_argument("--kernel", help="kernels to use, see `mobiquant info`; also $MOBIQUANT_KERNEL")
     group.add_argument("--partial", action="store_true", help="accept a file cut after its last base slice")
     group.add_argument(
         "--check-tensors", action="store_true", help="read all of the file first; refuse it when it is damaged"
     )
     group.add_argument("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
+
+
+def add_cache_options(group: argparse._ActionsContainer) -> None:
+    """How keys and values are kept: llama.cpp's flags."""
+    for flags, which in (("-ctk --cache-type-k", "keys"), ("-ctv --cache-type-v", "values")):
+        group.add_argument(
+            *flags.split(), choices=("f16", "q8_0"), default="f16", help=f"of {which} in the cache (f16)"
+        )
 
 
 def open_model(args: argparse.Namespace) -> Model:
@@ -95,6 +104,7 @@ def open_model(args: argparse.Namespace) -> Model:
             n_threads=args.threads,
             n_batch=args.batch_size,
             kernel=args.kernel,
+            cache_type=(args.cache_type_k, args.cache_type_v),
             bits=args.bits,
             avg_bits=args.avg_bits,
             output_bits=args.output_bits,

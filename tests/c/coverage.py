@@ -1,4 +1,4 @@
-"""`python tests/c/coverage.py BUILD SOURCES`: percent of the lines of SOURCES that programs built with --coverage in BUILD ran."""
+"""`python tests/c/coverage.py BUILD SOURCES`: the lines of SOURCES that programs built with --coverage in BUILD ran."""
 
 from __future__ import annotations
 

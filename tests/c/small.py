@@ -1,6 +1,7 @@
 """`python tests/c/small.py SMALL TINY`: the files that the C programs start from.
 
-SMALL is for sweeps and fuzzers: one block, one group. Under 128 kB, so that sanitizers allocate it quickly; the tokenizer in it knows more tokens than the model.
+SMALL is for sweeps and fuzzers: one block, one group, and under 128 kB, so that sanitizers allocate it quickly. The
+tokenizer in it knows more tokens than the model.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-enum { SAVED = 5, CONTEXT = 12, MAX_EDITS = 16, SPARE_BYTES = 1024, SIZE_AT = 24, CHECKSUM_AT = 32, HEADER = 40 };
+enum { SAVED = 5, CONTEXT = 12, MAX_EDITS = 16, SPARE_BYTES = 1024, SIZE_AT = 24, CHECKSUM_AT = 32, HEADER = 48 };
 
 static mq_session *session;
 static uint8_t *good, *state, *again;

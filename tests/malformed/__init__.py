@@ -1,7 +1,7 @@
-"""Files that are wrong in one named way, made from a good one: what strangers may send, and what an error must then say.
+"""Files that are wrong in one named way, made from a good one, and what the error for each must say.
 
-`CLASSES` lists the ways. `make(good, kind, seed)` gives the bytes and the pattern that the error's message must match; the same
-seed gives the same bytes. `python -m malformed FILE FOLDER` writes a few of every class for programs that are not Python.
+`CLASSES` lists the ways. `make(good, kind, seed)` gives the bytes and the pattern that the error's message must match;
+the same seed gives the same bytes. `python -m malformed FILE FOLDER` writes a few of every class for programs in C.
 """
 
 from __future__ import annotations

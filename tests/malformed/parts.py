@@ -1,7 +1,7 @@
 """A GGUF file taken apart into keys and tensors as bytes, and put together again as it stands, however wrong.
 
-`Parts.build` gives back the very bytes of an unchanged file. Offsets follow from the sizes unless one was set; counts, padding and
-checksums alike. That makes it the writer of files that no honest writer would write.
+`Parts.build` gives back the very bytes of an unchanged file. Offsets follow from the sizes unless one was set; counts,
+padding and checksums alike. That makes it the writer of files that no honest writer would write.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The list of classes: a function that spoils `Parts` and returns the pattern of the error, with what the error must be."""
+"""The list of classes: a function that spoils `Parts` and returns the pattern of the error, and what the error is."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Spoil: TypeAlias = Callable[[Parts, np.random.Generator], str]
 
 @dataclass(frozen=True)
 class Malformed:
-    """`status`: name of the error, "ValueError" where Python finds it. `found`: by what, "open" a file, "check" its tensors,
-    "tokenizer" or "template"; all of it by `mobiquant verify`, and some by nothing else: "verify"."""
+    """`status`: name of the error, "ValueError" where Python finds it. `found`: by what, "open" a file, "check" its
+    tensors, "tokenizer" or "template"; all of it by `mobiquant verify`, and some by nothing else: "verify"."""
 
     name: str
     status: str

@@ -1,4 +1,4 @@
-"""Hyper-parameters outside their limits or at odds with the tensors; budgets, static orders and checksums of a wrong form."""
+"""Hyper-parameters outside their limits or at odds with the tensors; budgets, orders, checksums of a wrong form."""
 
 from __future__ import annotations
 

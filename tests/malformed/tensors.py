@@ -1,4 +1,4 @@
-"""Tensors: names, dimensions, types and places that are wrong, tensors that are missing or too many, files that are cut."""
+"""Tensors with wrong names, dimensions, types and places; tensors that are missing or too many; files that are cut."""
 
 from __future__ import annotations
 

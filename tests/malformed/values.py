@@ -1,4 +1,4 @@
-"""A sound structure with values that are none: found when tensors are checked, or when the tokenizer or template is used."""
+"""A sound structure with values that are none: found by a check of the tensors, or by the tokenizer or template."""
 
 from __future__ import annotations
 
