@@ -1,4 +1,4 @@
-"""The C programs of tests/c, built as the library is: the API from end to end, injected failures, cuts and changed bytes.
+"""The C programs of tests/c, built as the library is: the API end to end, injected failures, cuts and changed bytes.
 
 `make asan`, `ubsan`, `tsan` and `msan` run the same programs under sanitizers, `make sweep` every value of every byte.
 """

@@ -10,8 +10,8 @@ CHECKS := build/checks
 FUZZ_SECONDS ?= 120
 FUZZ_TARGETS := file state api
 
-CHECK_FLAGS := -std=c11 -D_GNU_SOURCE -g -ffp-contract=off -fno-omit-frame-pointer -Iruntime/include -Iruntime/src
-CHECK_LIBRARY := $(C_SOURCES) tests/c/harness.c
+CHECK_FLAGS := -std=c11 -D_GNU_SOURCE -g -ffp-contract=off -fno-omit-frame-pointer -I$(CURDIR)/runtime/include -I$(CURDIR)/runtime/src
+CHECK_LIBRARY := $(abspath $(C_SOURCES) tests/c/harness.c)
 CHECK_HEADERS := $(C_HEADERS) $(wildcard tests/c/*.h tests/fuzz/*.h)
 STRICT := -fno-sanitize-recover=all
 # Each of these fails once at a time in tests/c/failures.c.
@@ -22,7 +22,14 @@ SANITIZE_asan := -fsanitize=address
 SANITIZE_ubsan := -fsanitize=undefined,float-cast-overflow,implicit-conversion
 SANITIZE_tsan := -fsanitize=thread
 SANITIZE_msan := -fsanitize=memory
-SANITIZE_fuzz := -fsanitize=fuzzer,address,undefined,float-cast-overflow
+SANITIZE_fuzz := -fsanitize=fuzzer-no-link,address,undefined,float-cast-overflow
+BUILD_plain := $(CC) $(CHECK_FLAGS) -O2
+BUILD_asan := $(CLANG) $(CHECK_FLAGS) -O1 $(STRICT) $(SANITIZE_asan)
+BUILD_ubsan := $(CLANG) $(CHECK_FLAGS) -O1 $(STRICT) $(SANITIZE_ubsan)
+BUILD_tsan := $(CLANG) $(CHECK_FLAGS) -O1 $(STRICT) $(SANITIZE_tsan)
+BUILD_msan := $(CLANG) $(CHECK_FLAGS) -O1 $(STRICT) $(SANITIZE_msan)
+BUILD_fuzz := $(CLANG) $(CHECK_FLAGS) -O2 $(STRICT) $(SANITIZE_fuzz)
+BUILD_coverage := $(CC) $(CHECK_FLAGS) -O0 --coverage
 
 .PHONY: asan ubsan tsan msan fuzz sweep analyze coverage
 
@@ -52,15 +59,11 @@ analyze: $(INSTALLED)
 	  $(CLANG) --analyze --analyzer-output text -Xclang -analyzer-werror $(CHECK_FLAGS) $$file || exit 1; \
 	done
 
-coverage: $(CHECKS)/files
-	rm -rf $(CHECKS)/coverage && mkdir -p $(CHECKS)/coverage
-	for program in suite failures sweep; do \
-	  $(CC) $(CHECK_FLAGS) -O0 --coverage tests/c/$$program.c $(CHECK_LIBRARY) -lm -pthread \
-	    $$(test $$program != failures || echo $(WRAP)) -o $(CHECKS)/coverage/$$program || exit 1; \
-	done
-	$(CHECKS)/coverage/suite $(CHECKS)/tiny.gguf $(CHECKS)/malformed
-	$(CHECKS)/coverage/failures $(CHECKS)/tiny.gguf
-	$(CHECKS)/coverage/sweep $(CHECKS)/small.gguf 64 1
+coverage: $(CHECKS)/suite-coverage $(CHECKS)/failures-coverage $(CHECKS)/sweep-coverage $(CHECKS)/files
+	rm -f $(CHECKS)/coverage/*.gcda
+	$(CHECKS)/suite-coverage $(CHECKS)/tiny.gguf $(CHECKS)/malformed
+	$(CHECKS)/failures-coverage $(CHECKS)/tiny.gguf
+	$(CHECKS)/sweep-coverage $(CHECKS)/small.gguf 64 1
 	$(BIN)/python tests/c/coverage.py $(CHECKS)/coverage runtime/src
 
 $(CHECKS)/files: $(NATIVE) tests/c/small.py tests/tiny.py $(wildcard export/*.py tests/malformed/*.py)
@@ -71,14 +74,20 @@ $(CHECKS)/files: $(NATIVE) tests/c/small.py tests/tiny.py $(wildcard export/*.py
 	touch $@
 
 # suite-asan, failures-ubsan, sweep-plain, ...: program and how it is built.
-define PROGRAM
-$(CHECKS)/$(1)-$(2): tests/c/$(1).c $(CHECK_LIBRARY) $(CHECK_HEADERS)
-	mkdir -p $(CHECKS)
-	$(3) $(CHECK_FLAGS) $(4) tests/c/$(1).c $(CHECK_LIBRARY) -lm -pthread $(if $(filter failures,$(1)),$(WRAP)) -o $$@
+define LIBRARY
+$(CHECKS)/$(1)/library.a: $(CHECK_LIBRARY) $(CHECK_HEADERS)
+	rm -rf $(CHECKS)/$(1) && mkdir -p $(CHECKS)/$(1)
+	cd $(CHECKS)/$(1) && $(BUILD_$(1)) -c $(CHECK_LIBRARY) && $(AR) cr library.a *.o
 endef
-$(foreach program,suite failures sweep,$(eval $(call PROGRAM,$(program),plain,$(CC),-O2)) \
-  $(foreach kind,asan ubsan tsan msan,$(eval $(call PROGRAM,$(program),$(kind),$(CLANG),-O1 $(STRICT) $(SANITIZE_$(kind))))))
+$(foreach kind,plain asan ubsan tsan msan fuzz coverage,$(eval $(call LIBRARY,$(kind))))
 
-$(CHECKS)/fuzz-%: tests/fuzz/%.c tests/fuzz/base.c $(CHECK_LIBRARY) $(CHECK_HEADERS) $(CHECKS)/files
-	$(CLANG) $(CHECK_FLAGS) -O2 $(STRICT) $(SANITIZE_fuzz) -DFUZZ_BASE_FILE='"$(CHECKS)/small.gguf"' tests/fuzz/$*.c tests/fuzz/base.c \
-	  $(CHECK_LIBRARY) -lm -pthread -o $@
+define PROGRAM
+$(CHECKS)/$(1)-$(2): tests/c/$(1).c $(CHECKS)/$(2)/library.a
+	$(BUILD_$(2)) tests/c/$(1).c $(CHECKS)/$(2)/library.a -lm -pthread $(if $(filter failures,$(1)),$(WRAP)) -o $$@
+endef
+$(foreach program,suite failures sweep,\
+  $(foreach kind,plain asan ubsan tsan msan coverage,$(eval $(call PROGRAM,$(program),$(kind)))))
+
+$(CHECKS)/fuzz-%: tests/fuzz/%.c tests/fuzz/base.c $(CHECKS)/fuzz/library.a $(CHECKS)/files
+	$(BUILD_fuzz) -fsanitize=fuzzer -DFUZZ_BASE_FILE='"$(CHECKS)/small.gguf"' tests/fuzz/$*.c tests/fuzz/base.c \
+	  $(CHECKS)/fuzz/library.a -lm -pthread -o $@
