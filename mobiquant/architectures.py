@@ -340,7 +340,7 @@ def parse_config(content: Mapping[str, Any], where: Path | str) -> ModelSpec:
     activation_key = "hidden_activation" if row.gemma else "hidden_act"
     activation = "gelu_pytorch_tanh" if row.gemma else "silu"
     if reader.get(activation_key) != activation:
-        raise reader.error(activation_key, activation, reader.get(activation_key))
+        raise reader.error(activation_key, repr(activation), reader.get(activation_key))
     attention_bias = bool(reader.get("attention_bias"))
     scored = reader.number("query_pre_attn_scalar") if row.gemma else head_dim
     if scored <= 0:
