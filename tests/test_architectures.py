@@ -101,7 +101,7 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 30, "long_factor": 
         (config_of("qwen2", num_key_value_heads=3), "num_key_value_heads: expected a divisor of .*heads 2, found 3"),
         (config_of("llama", hidden_size="wide"), "hidden_size: expected a number of type int, found 'wide'"),
         (config_of("mistral", layer_types=["full_attention"] * 2), "layer_types: expected all layers of one kind"),
-        (config_of("qwen2", layer_types=["sliding_attention"] * 2), "layer_types: expected full_attention alone"),
+        (config_of("qwen3", layer_types=["sliding_attention"] * 2), "layer_types: expected full_attention alone"),
         (config_of("qwen2", layer_types=["chunked_attention"] * 2), "layer_types: .*, found 'chunked_attention'"),
         (config_of("smollm3", no_rope_layers=[1]), r"no_rope_layers: expected a list of 3 numbers 0 or 1, found \[1\]"),
     ],
