@@ -135,7 +135,7 @@ class SyntheticSource:
             exponents = np.arange(tensor.shape[0], dtype=np.float64) / tensor.shape[0]
             return (self._shape.rope_freq_base**-exponents).astype(np.float32)
         if tensor.module.endswith(SUFFIX_BIAS):
-            return np.zeros(tensor.shape, np.float32)
+            return generator.normal(0.0, _WEIGHT_STD, tensor.shape).astype(np.float32)
         return np.ones(tensor.shape, np.float32)
 
     def _generator(self, name: str) -> np.random.Generator:

@@ -365,7 +365,7 @@ def parse_config(content: Mapping[str, Any], where: Path | str) -> ModelSpec:
     activation_key = "hidden_activation" if row.gemma else "hidden_act"
     activation = "gelu_pytorch_tanh" if row.gemma else "silu"
     if reader.get(activation_key) != activation:
-        raise reader.error(activation_key, activation, reader.get(activation_key))
+        raise reader.error(activation_key, repr(activation), reader.get(activation_key))
     attention_bias = bool(reader.get("attention_bias"))
     scored = reader.number("query_pre_attn_scalar") if row.gemma else head_dim
     if scored <= 0:
@@ -447,8 +447,10 @@ def _rope(reader: _Reader, row: Architecture, head_dim: int, positions: int) -> 
     if factor != 1 and not row.partial_rotary:
         raise reader.error("partial_rotary_factor", "1.0 (the whole head is rotated)", factor)
     rotary_dim = int(head_dim * factor)
-    if rotary_dim % 2 or not rotary_dim or (scaling.kind == "dynamic" and rotary_dim < 4):
-        raise reader.error("head_dim", "an even number of rotated dimensions, 4 or more when dynamic", rotary_dim)
+    if rotary_dim % 2 or not rotary_dim:
+        raise reader.error("head_dim", "an even number of rotated dimensions", rotary_dim)
+    if scaling.kind == "dynamic" and rotary_dim < 4:
+        raise reader.error("head_dim", "at least 4 rotated dimensions for the dynamic rope_type", rotary_dim)
     return base, rotary_dim, scaling
 
 
