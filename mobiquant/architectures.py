@@ -147,6 +147,7 @@ class Architecture:
     required: Mapping[str, Any] = field(default_factory=dict)
     qkv_bias: bool | None = None  # None: as attention_bias says, which then holds for the output projection too
     qk_norm: bool = False
+    rope_kinds: tuple[str, ...] = ROPE_KINDS
     partial_rotary: bool = False
     fused: bool = False
     gemma: bool = False  # post norms, norms by 1 + w, scaled embedding, GELU, query_pre_attn_scalar
@@ -298,7 +299,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         "qwen3", ("qwen3", "Qwen3"), defaults={"head_dim": 128, **_QWEN_DEFAULTS}, windows=_qwen_windows, qk_norm=True
     ),
     "phi3": Architecture(
-        "phi3", ("phi3", "Phi3"), windows=_window_everywhere, qkv_bias=False, partial_rotary=True, fused=True
+        "phi3",
+        ("phi3", "Phi3"),
+        windows=_window_everywhere,
+        qkv_bias=False,
+        rope_kinds=("default",),  # transformers takes every other one for longrope
+        partial_rotary=True,
+        fused=True,
     ),
     "smollm3": Architecture(
         "smollm3",
@@ -425,9 +432,9 @@ def _rope(reader: _Reader, row: Architecture, head_dim: int, positions: int) -> 
     base, factor = reader.number("rope_theta"), reader.get("partial_rotary_factor")
     scaling = NO_SCALING
     for table, kinds in (
-        (main, ROPE_KINDS),
+        (main, row.rope_kinds),
         (local, _LOCAL_ROPE_KINDS),
-        (reader.get("rope_scaling"), ROPE_KINDS),
+        (reader.get("rope_scaling"), row.rope_kinds),
     ):
         if table is None:
             continue
@@ -447,10 +454,9 @@ def _rope(reader: _Reader, row: Architecture, head_dim: int, positions: int) -> 
     if factor != 1 and not row.partial_rotary:
         raise reader.error("partial_rotary_factor", "1.0 (the whole head is rotated)", factor)
     rotary_dim = int(head_dim * factor)
-    if rotary_dim % 2 or not rotary_dim:
-        raise reader.error("head_dim", "an even number of rotated dimensions", rotary_dim)
-    if scaling.kind == "dynamic" and rotary_dim < 4:
-        raise reader.error("head_dim", "at least 4 rotated dimensions for the dynamic rope_type", rotary_dim)
+    least = 4 if scaling.kind == "dynamic" else 2
+    if rotary_dim % 2 or rotary_dim < least:
+        raise reader.error("head_dim", f"an even number of rotated dimensions, at least {least}", rotary_dim)
     return base, rotary_dim, scaling
 
 

@@ -25,7 +25,7 @@ from mobiquant.recipes import gains
 from mobiquant.sensitivity import position_embeddings
 from mobiquant.source import Source, open_source
 
-CONTEXT, VOCAB, TOKENS, WINDOW = 48, 301, 40, 16
+CONTEXT, VOCAB, TOKENS, WINDOW = 48, 301, 40, 9
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
