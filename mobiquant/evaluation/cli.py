@@ -24,7 +24,7 @@ from mobiquant.evaluation.scoring import RULES, default_window, format_result
 from mobiquant.text import read_text
 from mobiquant.torch_setup import prepare_torch
 from runtime.budget import Budget
-from runtime.commands.options import bits_option
+from runtime.commands.options import add_cache_options, bits_option
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -89,6 +89,7 @@ def _add_scoring_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=int, metavar="N", help="score the first N windows only")
     parser.add_argument("-c", "--ctx-size", type=int, metavar="N", help="tokens of a window (default: the rule's)")
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: one per physical core)")
+    add_cache_options(parser)
 
 
 def _names(text: str) -> list[str]:
@@ -222,7 +223,8 @@ def _open(stack: ExitStack, path: Path, args: argparse.Namespace) -> Backend:
     from runtime.commands.faults import watch
 
     watch(path)
-    backend = stack.enter_context(closing(RuntimeBackend(path, n_threads=args.threads)))
+    types = (args.cache_type_k, args.cache_type_v)
+    backend = stack.enter_context(closing(RuntimeBackend(path, n_threads=args.threads, cache_type=types)))
     watch(path, backend.model)
     return backend
 
