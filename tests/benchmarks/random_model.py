@@ -19,8 +19,8 @@ from zlib import crc32
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig
 
+from mobiquant.architectures import ModelSpec, parse_config
 from mobiquant.demo.train import Shape, model_config
 from mobiquant.models import empty_block
 
@@ -49,7 +49,7 @@ def write_model(folder: Path, named: Named, blocks: int, seed: int = 0) -> None:
     config.num_hidden_layers, config.tie_word_embeddings, config.dtype = blocks, named.tied, "bfloat16"
     config.save_pretrained(folder)
     shutil.copyfile(_TOKENIZER, folder / "tokenizer.json")
-    shards = _shards(config)
+    shards = _shards(parse_config(config.to_dict(), folder))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -67,7 +67,7 @@ def _values(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return values.to(torch.bfloat16)
 
 
-def _shards(config: PreTrainedConfig) -> list[dict[str, tuple[int, ...]]]:
+def _shards(config: ModelSpec) -> list[dict[str, tuple[int, ...]]]:
     """Names and shapes of the tensors of every file."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in _tensors(config):
@@ -77,7 +77,7 @@ def _shards(config: PreTrainedConfig) -> list[dict[str, tuple[int, ...]]]:
     return shards
 
 
-def _tensors(config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _tensors(config: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)
     for index in range(config.num_hidden_layers):
         for name, parameter in empty_block(config, index).state_dict().items():
