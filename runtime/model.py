@@ -56,6 +56,7 @@ class Model:
     Give one of the two, or neither for the highest precision in the file.
     output_bits: 2, 4, 6 or 8 for the output head, None for the file's default.
     allow_partial: accept a file cut after its last base slice. mmap: map the file instead of reading it.
+    check_tensors: read all of the file first and refuse it when a checksum or a number in it is wrong.
     seed: for completions that name none.
 
     Raises MobiQuantError when the file or an option is refused, ValueError for a bad argument.
@@ -75,6 +76,7 @@ class Model:
         output_bits: int | None = None,
         allow_partial: bool = False,
         mmap: bool = True,
+        check_tensors: bool = False,
         seed: int | None = None,
     ) -> None:
         if n_batch < 1:
@@ -94,7 +96,8 @@ class Model:
             keys,
             values,
         )
-        self._open_session(NativeModel(self.path, allow_partial=allow_partial, mmap=mmap), options)
+        native = NativeModel(self.path, allow_partial=allow_partial, mmap=mmap, check_tensors=check_tensors)
+        self._open_session(native, options)
         try:
             self.budget = budget or Budget(2 * self.info.max_depth, routed=False)
             self.output_bits = output_bits
@@ -183,17 +186,20 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The file's tokenizer. Raises ValueError when the file has none."""
+        """The file's tokenizer. Raises ValueError when the file has none that works."""
         json = self._native.string(KEY_TOKENIZER)
         if json is None:
             raise ValueError(f"{self.path}: key {KEY_TOKENIZER}: expected the tokenizer, found nothing")
         bos, add_bos = self._native.integers(KEY_BOS_TOKEN), self._native.integers(KEY_ADD_BOS)
-        return Tokenizer(
-            json,
-            bos=bos[0] if bos else None,
-            add_bos=bool(add_bos[0]) if add_bos else bool(bos),
-            eos=self._native.integers(KEY_EOS_TOKENS),
-        )
+        try:
+            return Tokenizer(
+                json,
+                bos=bos[0] if bos else None,
+                add_bos=bool(add_bos[0]) if add_bos else bool(bos),
+                eos=self._native.integers(KEY_EOS_TOKENS),
+            )
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
 
     @property
     def name(self) -> str:
