@@ -13,10 +13,10 @@ import pytest
 from tiny import TINY
 
 from export.keys import ROUTER_POINTS
+from export.metadata import metadata_fields
 from export.plan import PlannedTensor, plan_tensors
 from export.shape import ModelShape
 from export.synthetic import SyntheticSource, synthetic_vocabulary
-from export.metadata import metadata_fields
 from export.writer import write_file
 from runtime.commands.report import describe_machine
 from runtime.model import Model

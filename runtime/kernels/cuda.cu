@@ -47,6 +47,9 @@ static size_t most_shared(const mq_model *model)
 static const char *refuses(const mq_model *model)
 {
     int most = 0;
+    if (model->hparams.head_dim > mq::MAX_HEAD_DIM) {
+        return "its heads have more than 256 dimensions";
+    }
     if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) != cudaSuccess
         || most_shared(model) > static_cast<size_t>(most)) {
         return "its linears are wider than this GPU's shared memory holds";
@@ -57,7 +60,8 @@ static const char *refuses(const mq_model *model)
 static int32_t open_checked(const mq_model *model, mq_cuda_model **out, mq_cuda_message *message)
 {
     *out = nullptr;
-    const cudaError_t error = allow_shared(prepare, most_shared(model));
+    cudaError_t error = allow_shared(prepare, most_shared(model));
+    error = error == cudaSuccess ? allow_shared(attend_one, attend_bytes(model->hparams.head_dim)) : error;
     return error == cudaSuccess ? open_model(model, out, message) : fail(message, "preparing kernels", error);
 }
 

@@ -13,7 +13,7 @@
 #include "kernels.h"
 #include "keys.h"
 
-enum { BLOCK_ROWS = 32, MATVEC_WARPS = 8, MATVEC_THREADS = MATVEC_WARPS * WARP, FEW_TOKENS = 8, MATVEC_JOBS = 3 };
+enum { BLOCK_ROWS = 32, MATVEC_WARPS = 8, MATVEC_THREADS = MATVEC_WARPS * WARP, FEW_TOKENS = 8, MATVEC_MOST = 16, MATVEC_JOBS = 3 };
 
 // Up to three linears that read the same activations.
 struct matvec_job {
@@ -24,6 +24,7 @@ struct matvec_job {
     const int8_t *q;                     // [n][groups·128]
     const float *scale, *sum;            // [n][groups]
     const uint8_t *depths;               // [positions][depth_stride], of the first linear; NULL: fixed_depth
+    const uint8_t *table;                // of an unrouted budget, of the first linear
     uint32_t depth_stride, fixed_depth;
     bool add;                            // y += product
     const control *state;
@@ -46,6 +47,7 @@ __device__ inline void codes(const uint32_t (&w)[D], uint32_t (&out)[4])
 {
     constexpr uint32_t FIELD = 0x03030303u, NIBBLE = 0x0f0f0f0fu, EVEN = 0x33333333u;
     if constexpr (D == 1) {
+#pragma unroll
         for (int j = 0; j < 4; j++) {
             out[j] = w[0] >> (2 * j) & FIELD;
         }
@@ -83,15 +85,19 @@ template <int D>
 __device__ inline void group_product(const uint4 (&plane)[D][2], const uint4 (&x)[2], int (&low)[4], int (&high)[4])
 {
     uint32_t code[4][2][4]; // [row][half][field]
+#pragma unroll
     for (int row = 0; row < 4; row++) {
+#pragma unroll
         for (int half = 0; half < 2; half++) {
             uint32_t w[D];
+#pragma unroll
             for (int e = 0; e < D; e++) {
                 w[e] = word_of(plane[e][half], row);
             }
             codes<D>(w, code[row][half]);
         }
     }
+#pragma unroll
     for (int j = 0; j < 4; j++) {
         const uint32_t b0 = word_of(x[0], j), b1 = word_of(x[1], j);
         mma_u8s8(low, code[0][0][j], code[1][0][j], code[0][1][j], code[1][1][j], b0, b1);
@@ -166,9 +172,11 @@ __device__ void one_product(const matvec_job &job, uint32_t linear, uint32_t blo
     uint4 plane[UNROLL][D][2];
     uint16_t step_bits[UNROLL], offset_bits[UNROLL];
     const auto load = [&](uint32_t first) {
+#pragma unroll
         for (uint32_t u = 0; u < UNROLL; u++) {
             const uint32_t g = group_of(first, u);
             if (g < groups) {
+#pragma unroll
                 for (int e = 0; e < D; e++) {
                     const uint8_t *at = w.plane[e] + offset + static_cast<size_t>(g) * MQ_TILE_BYTES;
                     if (e > 0 || first > 0 || u >= EARLY) {
@@ -181,12 +189,14 @@ __device__ void one_product(const matvec_job &job, uint32_t linear, uint32_t blo
             }
         }
     };
+#pragma unroll
     for (uint32_t u = 0; u < EARLY; u++) {
         plane[u][0][0] = early[u][0];
         plane[u][0][1] = early[u][1];
     }
     load(0);
     for (uint32_t first = 0, chunk = 0; first < groups; first += GROUPS, chunk++) {
+#pragma unroll
         for (uint32_t u = 0; u < UNROLL; u++) {
             const uint32_t g = group_of(first, u);
             if (g < groups) {
@@ -230,6 +240,22 @@ __device__ inline uint32_t linear_of_block(const matvec_job &job, uint32_t block
     return linear;
 }
 
+// Ask for what this block will read, as far as that is known before the pass has come so far: the slices of an unrouted budget, else
+// the base. The kernel before this one computes little, and memory has nothing else to do.
+__device__ inline void ask_early(const matvec_job &job, uint32_t linear, uint32_t block)
+{
+    constexpr size_t MOST = 65536; // bytes of a block of threads: all of them together stay within the second-level cache
+    const mq_matrix &w = job.matrix[linear];
+    const uint32_t depth = job.depths == nullptr ? job.fixed_depth : job.state->routed ? 1 : job.table[linear];
+    const uint32_t tile = block * 2, tiles = w.tiles - tile < 2 ? w.tiles - tile : 2;
+    size_t bytes = static_cast<size_t>(tiles) * w.groups * MQ_TILE_BYTES;
+    const size_t offset = static_cast<size_t>(tile) * w.groups * MQ_TILE_BYTES;
+    bytes = bytes < MOST / depth ? bytes : MOST / depth / MQ_TILE_BYTES * MQ_TILE_BYTES;
+    for (uint32_t e = 0; e < depth; e++) {
+        prefetch_block(w.plane[e] + offset, static_cast<uint32_t>(bytes));
+    }
+}
+
 // One token. The base slice, which is always read, is asked for before the depth is known.
 static __global__ void __launch_bounds__(MATVEC_THREADS, 2) matvec_one(const __grid_constant__ matvec_job job)
 {
@@ -239,6 +265,8 @@ static __global__ void __launch_bounds__(MATVEC_THREADS, 2) matvec_one(const __g
     const size_t offset = lane_offset(w, block);
     uint4 early[EARLY][2];
     pdl_launch();
+    ask_early(job, linear, block);
+#pragma unroll
     for (uint32_t u = 0; u < EARLY; u++) {
         const uint32_t g = group_of(0, u);
         if (g < w.groups) {
@@ -274,6 +302,7 @@ __device__ inline void few_group(const mq_matrix &w, size_t at, uint32_t deepest
         plane[0][1] = load_stream(w.plane[e] + at + MQ_TILE_BYTES / 2);
         int a[4] = {0, 0, 0, 0}, b[4] = {0, 0, 0, 0};
         group_product<1>(plane, x, a, b);
+#pragma unroll
         for (int i = 0; i < 4; i++) {
             if (e < depth[i % 2]) {
                 low[i] = 4 * low[i] + a[i];
@@ -308,6 +337,7 @@ static __global__ void __launch_bounds__(MATVEC_THREADS) matvec_few(const __grid
     const uint32_t mine = warp < tokens ? depth_of_token(job, linear, begin + warp) : 1;
     for (uint32_t first = 0, chunk = 0; first < groups; first += FEW_GROUPS, chunk++) {
         const uint32_t half = chunk % 2;
+#pragma unroll
         for (uint32_t u = 0; u < FEW_UNROLL; u++) {
             const uint32_t g = group_of(first, u);
             if (g < groups) {
