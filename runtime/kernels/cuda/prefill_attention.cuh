@@ -24,18 +24,18 @@ struct mq_cuda_attention {
 namespace mq {
 
 constexpr uint32_t MAX_HEAD_DIM = 256;
-constexpr uint32_t ATTEND_THREADS = 128, ATTEND_ROWS = 64;
 constexpr uint32_t WIDE = 128; // positions of a block of scores
 constexpr uint32_t DEEP = 16;  // dimensions (or positions) that are in shared memory at once
 constexpr uint32_t CHUNK = MQ_ATTENTION_CHUNK, LANES = 16;
 
+template <uint32_t ROWS>
 struct attend_shared {
-    float weight[CHUNK][ATTEND_ROWS]; // scores, then exp(score − largest)
+    float weight[CHUNK][ROWS]; // scores, then exp(score − largest)
     float panel[2][DEEP][WIDE];       // keys [dimension][position] or values [position][dimension], as float
-    float exchange[2][ATTEND_ROWS];
-    float mine[ATTEND_ROWS], theirs[ATTEND_ROWS]; // factors of join
+    float exchange[2][ROWS];
+    float mine[ROWS], theirs[ROWS]; // factors of join
 };
-// then query [head_dim][ATTEND_ROWS]
+// then query [head_dim][ROWS]
 
 // 16 f16 on their way from the cache to a panel.
 struct halves {
@@ -70,28 +70,54 @@ __device__ inline void put(float *to, const halves &h)
     }
 }
 
+// The next panel while this one is used: a thread brings 16 columns of one line, or of as many lines as there are panels of
+// threads.
+template <uint32_t THREADS>
+struct panel_loader {
+    static constexpr uint32_t LINES = DEEP * 8 / THREADS;
+    halves next[LINES];
+
+    // line(k): the thread's 16 columns of line k
+    template <typename Line>
+    __device__ void fetch_next(uint32_t first, const Line &line)
+    {
+#pragma unroll
+        for (uint32_t i = 0; i < LINES; i++) {
+            next[i] = line(first + i * (DEEP / LINES) + threadIdx.x / 8);
+        }
+    }
+
+    __device__ void put_into(float (&panel)[DEEP][WIDE]) const
+    {
+#pragma unroll
+        for (uint32_t i = 0; i < LINES; i++) {
+            put(panel[i * (DEEP / LINES) + threadIdx.x / 8] + threadIdx.x % 8 * 16, next[i]);
+        }
+    }
+};
+
 __device__ inline void take(float (&to)[4], const float *from)
 {
     const float4 four = *reinterpret_cast<const float4 *>(from);
     to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
 }
 
-// A thread's outputs: rows 4·across + i and 32 + 4·across + i, columns 4·down + i (and 64 + 4·down + i).
+// A thread's outputs: rows 4·across + i and ROWS / 2 + 4·across + i, columns 4·down + i (and 64 + 4·down + i).
 template <uint32_t COLUMNS>
 struct outputs {
     float at[8][COLUMNS];
 };
 
-// out += rows[k] · panel[k] for k ascending; rows [k][ATTEND_ROWS].
-template <uint32_t COLUMNS>
-__device__ inline void accumulate(outputs<COLUMNS> &out, const float (*rows)[ATTEND_ROWS], const float (*panel)[WIDE], uint32_t deep,
+// out += rows[k] · panel[k] for k ascending.
+template <uint32_t ROWS, uint32_t COLUMNS>
+__device__ inline void accumulate(outputs<COLUMNS> &out, const float (*rows)[ROWS], const float (*panel)[WIDE], uint32_t deep,
                                   uint32_t across, uint32_t down)
 {
 #pragma unroll 4
     for (uint32_t k = 0; k < deep; k++) {
         float r[2][4], c[COLUMNS / 4][4];
         take(r[0], rows[k] + 4 * across);
-        take(r[1], rows[k] + 32 + 4 * across);
+        take(r[1], rows[k] + ROWS / 2 + 4 * across);
 #pragma unroll
         for (uint32_t half = 0; half < COLUMNS / 4; half++) {
             take(c[half], panel[k] + half * 64 + 4 * down);
@@ -107,15 +133,15 @@ __device__ inline void accumulate(outputs<COLUMNS> &out, const float (*rows)[ATT
 }
 
 // As accumulate, for rows that do not see every position: row i of the thread sees those below seen[i].
-template <uint32_t COLUMNS>
-__device__ inline void accumulate_seen(outputs<COLUMNS> &out, const float (*rows)[ATTEND_ROWS], const float (*panel)[WIDE],
+template <uint32_t ROWS, uint32_t COLUMNS>
+__device__ inline void accumulate_seen(outputs<COLUMNS> &out, const float (*rows)[ROWS], const float (*panel)[WIDE],
                                        uint32_t deep, uint32_t across, uint32_t down, uint32_t first, const uint32_t (&seen)[8])
 {
     for (uint32_t k = 0; k < deep; k++) {
 #pragma unroll
         for (uint32_t i = 0; i < 8; i++) {
             if (first + k < seen[i]) {
-                const float r = rows[k][i / 4 * 32 + 4 * across + i % 4];
+                const float r = rows[k][i / 4 * (ROWS / 2) + 4 * across + i % 4];
 #pragma unroll
                 for (uint32_t j = 0; j < COLUMNS; j++) {
                     out.at[i][j] = fmaf(r, panel[k][j / 4 * 64 + 4 * down + j % 4], out.at[i][j]);
@@ -126,20 +152,21 @@ __device__ inline void accumulate_seen(outputs<COLUMNS> &out, const float (*rows
 }
 
 // grid: (blocks of rows, kv heads, blocks of 16·COLUMNS dimensions of the values)
-template <uint32_t COLUMNS>
-static __global__ void __launch_bounds__(ATTEND_THREADS, 2) prefill_attention(const mq_cuda_attention a)
+template <uint32_t ROWS, uint32_t COLUMNS>
+static __global__ void __launch_bounds__(ROWS * 2, 128 / ROWS) prefill_attention(const mq_cuda_attention a)
 {
     uint8_t *memory = dynamic_shared<uint8_t>();
-    attend_shared &s = *reinterpret_cast<attend_shared *>(memory);
-    float(*query)[ATTEND_ROWS] = reinterpret_cast<float(*)[ATTEND_ROWS]>(memory + sizeof(attend_shared));
+    constexpr uint32_t THREADS = ROWS * 2, ACROSS = ROWS / 8;
+    attend_shared<ROWS> &s = *reinterpret_cast<attend_shared<ROWS> *>(memory);
+    float(*query)[ROWS] = reinterpret_cast<float(*)[ROWS]>(memory + sizeof(attend_shared<ROWS>));
     const uint32_t dim = a.head_dim, padded = (dim + 15) / 16 * 16, shared = a.heads / a.heads_kv, rows = a.n * shared;
     // The last rows see most: begin with them.
-    const uint32_t first_row = (gridDim.x - 1 - blockIdx.x) * ATTEND_ROWS, head = blockIdx.y;
+    const uint32_t first_row = (gridDim.x - 1 - blockIdx.x) * ROWS, head = blockIdx.y;
     const uint32_t first_dim = blockIdx.z * 16 * COLUMNS;
-    const uint32_t thread = threadIdx.x, across = thread % 8, down = thread / 8;
+    const uint32_t thread = threadIdx.x, across = thread % ACROSS, down = thread / ACROSS;
     const uint16_t *keys = a.keys + (size_t)head * a.cache_positions * dim;
     const uint16_t *values = a.values + (size_t)head * a.cache_positions * padded + first_dim;
-    const uint32_t last_row = first_row + ATTEND_ROWS < rows ? first_row + ATTEND_ROWS - 1 : rows - 1;
+    const uint32_t last_row = first_row + ROWS < rows ? first_row + ROWS - 1 : rows - 1;
     const uint32_t end = a.position + last_row / shared + 1;        // positions that the last row sees
     const uint32_t all_see = a.position + first_row / shared + 1;   // that every row sees
     // Rows past the end are copies of the last.
@@ -148,34 +175,35 @@ static __global__ void __launch_bounds__(ATTEND_THREADS, 2) prefill_attention(co
         return ((size_t)(row / shared) * a.heads + head * shared + row % shared) * dim;
     };
     {
-        const float *from = a.query + query_at(row_at(thread % ATTEND_ROWS));
-        for (uint32_t i = thread / ATTEND_ROWS; i < dim; i += ATTEND_THREADS / ATTEND_ROWS) {
-            query[i][thread % ATTEND_ROWS] = from[i];
+        const float *from = a.query + query_at(row_at(thread % ROWS));
+        for (uint32_t i = thread / ROWS; i < dim; i += THREADS / ROWS) {
+            query[i][thread % ROWS] = from[i];
         }
     }
     uint32_t sees[8]; // positions that the rows of this thread's outputs see
 #pragma unroll
     for (uint32_t i = 0; i < 8; i++) {
-        sees[i] = a.position + row_at(i / 4 * 32 + 4 * across + i % 4) / shared + 1;
+        sees[i] = a.position + row_at(i / 4 * (ROWS / 2) + 4 * across + i % 4) / shared + 1;
     }
-    const uint32_t my_row = thread % ATTEND_ROWS, my_half = thread / ATTEND_ROWS; // in the softmax: 8 of the 16 lanes each
+    const uint32_t my_row = thread % ROWS, my_half = thread / ROWS; // in the softmax: 8 of the 16 lanes each
     const uint32_t my_sees = a.position + row_at(my_row) / shared + 1;
     float total = 0.0f, largest = 0.0f; // of the row's part so far, kept by the threads of half 0
     outputs<COLUMNS> part = {};
     for (uint32_t begin = 0; begin < end; begin += CHUNK) {
         const uint32_t length = end - begin < CHUNK ? end - begin : CHUNK; // of the chunk, as far as any row sees
-        // Scores: a panel is DEEP dimensions of WIDE positions; thread t brings positions 16·(t % 8).. of dimension t / 8.
+        // Scores: a panel is DEEP dimensions of WIDE positions.
         for (uint32_t wide = 0; wide < length; wide += WIDE) {
             outputs<8> score = {};
             const uint32_t at = wide + thread % 8 * 16;
             const uint16_t *from = keys + (size_t)(begin + at) * dim;
-            const auto key = [&](uint32_t first) { return fetch(from + (first + thread / 8) * 16, at < length && first + thread / 8 < dim); };
-            halves next = key(0);
+            panel_loader<THREADS> loader;
+            const auto key = [&](uint32_t deep) { return fetch(from + deep * 16, at < length && deep < dim); };
+            loader.fetch_next(0, key);
             for (uint32_t first = 0, turn = 0; first < dim; first += DEEP, turn ^= 1) {
-                put(s.panel[turn][thread / 8] + thread % 8 * 16, next);
+                loader.put_into(s.panel[turn]);
                 __syncthreads(); // and the panel before this one is done with
                 if (first + DEEP < dim) {
-                    next = key(first + DEEP);
+                    loader.fetch_next(first + DEEP, key);
                     accumulate(score, query + first, s.panel[turn], DEEP, across, down);
                 } else {
                     accumulate(score, query + first, s.panel[turn], dim - first, across, down);
@@ -191,7 +219,7 @@ static __global__ void __launch_bounds__(ATTEND_THREADS, 2) prefill_attention(co
                     four.y = score.at[half * 4 + 1][j] * a.scale;
                     four.z = score.at[half * 4 + 2][j] * a.scale;
                     four.w = score.at[half * 4 + 3][j] * a.scale;
-                    *reinterpret_cast<float4 *>(to + half * 32) = four;
+                    *reinterpret_cast<float4 *>(to + half * (ROWS / 2)) = four;
                 }
             }
             __syncthreads(); // scores are written, panels read
@@ -252,17 +280,18 @@ static __global__ void __launch_bounds__(ATTEND_THREADS, 2) prefill_attention(co
         // Values: a panel is DEEP positions of 16·COLUMNS dimensions.
         outputs<COLUMNS> sum = {};
         const uint32_t piece = thread % 8 * 16;
-        const auto value = [&](uint32_t first) {
-            return fetch(values + (size_t)(begin + first + thread / 8) * padded + piece,
-                         piece < 16 * COLUMNS && first_dim + piece < padded && first + thread / 8 < length);
+        panel_loader<THREADS> loader;
+        const auto value = [&](uint32_t deep) {
+            return fetch(values + (size_t)(begin + deep) * padded + piece,
+                         piece < 16 * COLUMNS && first_dim + piece < padded && deep < length);
         };
-        halves next = value(0);
+        loader.fetch_next(0, value);
         __syncthreads(); // the panel's use for the fold is over
         for (uint32_t first = 0, turn = 0; first < length; first += DEEP, turn ^= 1) {
-            put(s.panel[turn][thread / 8] + piece, next);
+            loader.put_into(s.panel[turn]);
             __syncthreads();
             if (first + DEEP < length) {
-                next = value(first + DEEP);
+                loader.fetch_next(first + DEEP, value);
             }
             if (begin + first + DEEP <= all_see) {
                 accumulate(sum, s.weight + first, s.panel[turn], DEEP, across, down);
@@ -273,7 +302,7 @@ static __global__ void __launch_bounds__(ATTEND_THREADS, 2) prefill_attention(co
         }
 #pragma unroll
         for (uint32_t i = 0; i < 8; i++) {
-            const uint32_t r = i / 4 * 32 + 4 * across + i % 4;
+            const uint32_t r = i / 4 * (ROWS / 2) + 4 * across + i % 4;
 #pragma unroll
             for (uint32_t j = 0; j < COLUMNS; j++) {
                 if (begin == 0) {
@@ -291,7 +320,7 @@ static __global__ void __launch_bounds__(ATTEND_THREADS, 2) prefill_attention(co
     __syncthreads();
 #pragma unroll
     for (uint32_t i = 0; i < 8; i++) {
-        const uint32_t r = i / 4 * 32 + 4 * across + i % 4;
+        const uint32_t r = i / 4 * (ROWS / 2) + 4 * across + i % 4;
         if (first_row + r < rows) {
             float *out = a.out + query_at(first_row + r);
 #pragma unroll
@@ -305,19 +334,26 @@ static __global__ void __launch_bounds__(ATTEND_THREADS, 2) prefill_attention(co
     }
 }
 
+template <uint32_t ROWS>
 inline size_t attention_shared_bytes(uint32_t head_dim)
 {
-    return sizeof(attend_shared) + (size_t)head_dim * ATTEND_ROWS * sizeof(float);
+    return sizeof(attend_shared<ROWS>) + (size_t)head_dim * ROWS * sizeof(float);
 }
 
-template <uint32_t COLUMNS>
+template <uint32_t ROWS, uint32_t COLUMNS>
 inline cudaError_t launch_attention(const mq_cuda_attention &a, cudaStream_t stream)
 {
     const uint32_t rows = a.n * (a.heads / a.heads_kv), wide = 16 * COLUMNS;
-    const dim3 grid((rows + ATTEND_ROWS - 1) / ATTEND_ROWS, a.heads_kv, (a.head_dim + wide - 1) / wide);
-    const size_t bytes = attention_shared_bytes(a.head_dim);
-    const cudaError_t status = allow_shared(prefill_attention<COLUMNS>, bytes);
-    return status != cudaSuccess ? status : launch({grid, ATTEND_THREADS, bytes, stream, false}, prefill_attention<COLUMNS>, a);
+    const dim3 grid((rows + ROWS - 1) / ROWS, a.heads_kv, (a.head_dim + wide - 1) / wide);
+    const size_t bytes = attention_shared_bytes<ROWS>(a.head_dim);
+    const cudaError_t status = allow_shared(prefill_attention<ROWS, COLUMNS>, bytes);
+    return status != cudaSuccess ? status : launch({grid, ROWS * 2, bytes, stream, false}, prefill_attention<ROWS, COLUMNS>, a);
+}
+
+template <uint32_t ROWS>
+inline cudaError_t launch_attention(const mq_cuda_attention &a, cudaStream_t stream)
+{
+    return a.head_dim <= 64 ? launch_attention<ROWS, 4>(a, stream) : launch_attention<ROWS, 8>(a, stream);
 }
 
 } // namespace mq
@@ -327,7 +363,11 @@ inline cudaError_t mq_cuda_prefill_attention(const mq_cuda_attention *a, cudaStr
     if (a->head_dim == 0 || a->head_dim > mq::MAX_HEAD_DIM || a->n == 0) {
         return cudaErrorInvalidValue;
     }
-    return a->head_dim <= 64 ? mq::launch_attention<4>(*a, stream) : mq::launch_attention<8>(*a, stream);
+    int device = 0, most = 0; // shared memory
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    const bool roomy = mq::attention_shared_bytes<64>(a->head_dim) <= (size_t)most;
+    return roomy ? mq::launch_attention<64>(*a, stream) : mq::launch_attention<32>(*a, stream);
 }
 
 #endif
