@@ -52,7 +52,8 @@ class Model:
     Give one of the two, or neither for the highest precision in the file.
     output_bits: 2, 4, 6 or 8 for the output head, None for the file's default.
     allow_partial: accept a file cut after its last base slice. mmap: map the file instead of reading it.
-    seed: for completions that name none.
+    seed: for completions that name none. device: "cpu"; "cuda" for the GPU; "auto" for the GPU where it can be used,
+    see `device_note`, else the CPU.
 
     Raises MobiQuantError when the file or an option is refused, ValueError for a bad argument.
     """
@@ -71,6 +72,7 @@ class Model:
         allow_partial: bool = False,
         mmap: bool = True,
         seed: int | None = None,
+        device: str = "auto",
     ) -> None:
         if n_batch < 1:
             raise ValueError(f"n_batch: expected at least 1, found {n_batch}")
@@ -83,7 +85,15 @@ class Model:
             n_batch,
             kernel or os.environ.get("MOBIQUANT_KERNEL") or None,
         )
-        self._open_session(NativeModel(self.path, allow_partial=allow_partial, mmap=mmap), options)
+        self._open_session(
+            NativeModel(
+                self.path,
+                allow_partial=allow_partial,
+                mmap=mmap,
+                device="cpu" if device == "auto" and options.kernel else device,
+            ),
+            options,
+        )
         try:
             self.budget = budget or Budget(2 * self.info.max_depth, routed=False)
             self.output_bits = output_bits
@@ -201,6 +211,16 @@ class Model:
     def kernel(self) -> str:
         """Name of the kernels in use."""
         return self._session.kernel
+
+    @property
+    def device(self) -> str:
+        """Where it runs: "cpu" or "cuda"."""
+        return self._native.device
+
+    @property
+    def device_note(self) -> str:
+        """The GPU's name; on the CPU, what stood in the way of the GPU under device="auto"."""
+        return self._native.device_note
 
     @property
     def n_ctx(self) -> int:

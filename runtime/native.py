@@ -97,11 +97,28 @@ def kernels() -> list[Kernel]:
     return found
 
 
+def device_info() -> tuple[bool, str]:
+    """Whether a GPU can be used, and which, or why not."""
+    info = ffi.new("mq_device_info *")
+    lib.mq_device_describe(info)
+    return bool(info.usable), ffi.string(info.text).decode("utf-8", errors="replace")
+
+
+@dataclass(frozen=True)
+class DeviceBytes:
+    """Bytes in the memory of the GPU: the file's tensors, which a model's sessions share, and a session's own."""
+
+    weights: int
+    cache: int
+    workspace: int
+
+
 class NativeModel:
     """An opened file: immutable, shared by any number of sessions."""
 
-    def __init__(self, path: Path, *, allow_partial: bool, mmap: bool) -> None:
-        options = ffi.new("mq_model_options *", {"allow_partial": allow_partial, "no_mmap": not mmap})
+    def __init__(self, path: Path, *, allow_partial: bool, mmap: bool, device: str = "cpu") -> None:
+        name = ffi.new("char[]", device.encode())
+        options = ffi.new("mq_model_options *", {"allow_partial": allow_partial, "no_mmap": not mmap, "device": name})
         handle = ffi.new("mq_model **")
         error = ffi.new("mq_error *")
         _check(lib.mq_model_open(str(path).encode(), options, handle, error), error)
@@ -129,6 +146,16 @@ class NativeModel:
         if not self._close.alive:
             raise ValueError("model: expected an open one, found it closed")
         return self._handle
+
+    @property
+    def device(self) -> str:
+        """Where sessions run: "cpu" or "cuda"."""
+        return _text(lib.mq_model_device(self.handle))
+
+    @property
+    def device_note(self) -> str:
+        """The GPU's name, or what stood in its way under "auto"."""
+        return ffi.string(lib.mq_model_device_note(self.handle)).decode("utf-8", errors="replace")
 
     def close(self) -> None:
         """Release the file; every session must be closed before. Closing twice is allowed."""
@@ -244,6 +271,22 @@ class NativeSession:
             ),
             error,
         )
+
+    def greedy(self, token: int, n: int) -> tuple[np.ndarray, float]:
+        """Evaluate `token` and n - 1 times the most likely token after it. Returns int32 [n], the token after each, and
+        the milliseconds on the GPU, 0 on the CPU."""
+        chosen = np.empty(n, np.int32)
+        milliseconds, error = ffi.new("float *"), ffi.new("mq_error *")
+        buffer = ffi.from_buffer("int32_t[]", chosen, require_writable=True)
+        _check(lib.mq_session_greedy(self._handle, token, n, buffer, milliseconds, error), error)
+        return chosen, milliseconds[0]
+
+    @property
+    def device_bytes(self) -> DeviceBytes:
+        """All 0 on the CPU."""
+        sizes = [ffi.new("uint64_t *") for _ in range(3)]
+        lib.mq_session_device_bytes(self._handle, *sizes)
+        return DeviceBytes(*(size[0] for size in sizes))
 
     def rewind(self, position: int) -> None:
         """Forget every position from `position` on."""

@@ -101,6 +101,6 @@ def info_command(args: argparse.Namespace) -> int:
         return 0
     from runtime.model import Model
 
-    with Model(args.model, n_ctx=1, n_threads=1, n_batch=1, allow_partial=True) as model:
+    with Model(args.model, n_ctx=1, n_threads=1, n_batch=1, allow_partial=True, device="cpu") as model:
         print(describe(model))
     return 0

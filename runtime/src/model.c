@@ -1,6 +1,7 @@
 /* model.c: binding the tensors of a file to the model: each must be there once, with its exact type and shape. */
 #include "model.h"
 
+#include "device.h"
 #include "error.h"
 #include "memory.h"
 #include "router.h"
@@ -266,6 +267,11 @@ mq_status mq_model_open(const char *path, const mq_model_options *options, mq_mo
         return status;
     }
     fill_info(model);
+    status = mq_device_open(model, options->device, error);
+    if (status != MQ_OK) {
+        mq_model_close(model);
+        return status;
+    }
     *out = model;
     return MQ_OK;
 }
@@ -275,6 +281,7 @@ void mq_model_close(mq_model *model)
     if (model == NULL) {
         return;
     }
+    mq_device_close(model);
     free(model->static_order);
     free(model->blocks);
     gguf_close(&model->file);

@@ -36,6 +36,8 @@ struct mq_model {
     const float *inv_freq; /* [head_dim / 2] */
     uint32_t *static_order; /* [3·7·block_count] (static_order.h); NULL: the file has none */
     mq_model_info info;
+    struct mq_device *device;   /* NULL: the CPU (device.h) */
+    char device_note[512];      /* why not the GPU, or "" */
 };
 
 /* Bytes of the file that a token reads in one linear at `depth`: planes, scales and offsets. */

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "budget.h"
 #include "definition.h"
+#include "device.h"
 #include "error.h"
 #include "memory.h"
 
@@ -70,22 +71,17 @@ static int32_t allocate_batch(mq_session *session)
     return failed;
 }
 
-static int32_t allocate(mq_session *session, uint32_t n_threads)
+/* What a GPU has its own of: cache, batch and scratch. */
+static int32_t allocate_cpu(mq_session *session, uint32_t n_threads)
 {
     const mq_hparams *hp = &session->model->hparams;
-    const size_t ctx = session->n_ctx, half = hp->head_dim / 2;
+    const size_t ctx = session->n_ctx;
     int32_t failed = allocate_batch(session);
     const size_t positions = ctx + (MQ_KEY_POSITIONS - ctx % MQ_KEY_POSITIONS) % MQ_KEY_POSITIONS;
     const size_t rows = product(hp->block_count, hp->head_count_kv, positions);
     session->cache = (mq_cache){.keys = own(session, product(rows, hp->head_dim, 1), sizeof(uint16_t), &failed),
                                 .values = own(session, product(rows, mq_padded_dim(hp->head_dim), 1), sizeof(uint16_t), &failed),
                                 .positions = positions, .head_dim = hp->head_dim};
-    session->cosine = own(session, product(ctx, half, 1), sizeof(float), &failed);
-    session->sine = own(session, product(ctx, half, 1), sizeof(float), &failed);
-    session->depths = own(session, product(ctx, hp->block_count, MQ_LINEARS), sizeof(uint8_t), &failed);
-    session->table = own(session, product(hp->block_count, MQ_LINEARS, 1), sizeof(uint8_t), &failed);
-    session->thresholds = own(session, product(hp->block_count, MQ_LINEARS, MQ_GATES), sizeof(float), &failed);
-    session->asked_at = own(session, ctx, sizeof(float), &failed);
     session->scratch = own(session, n_threads, sizeof(mq_scratch), &failed);
     const size_t part = mq_part_floats(hp->head_dim), shared = hp->head_count / hp->head_count_kv;
     const size_t floats = product(MQ_ATTENTION_TOKENS, shared, part); /* whole cache lines, so that no line is shared */
@@ -96,6 +92,23 @@ static int32_t allocate(mq_session *session, uint32_t n_threads)
     }
     const size_t chunks = (ctx + MQ_ATTENTION_CHUNK - 1) / MQ_ATTENTION_CHUNK;
     session->parts = own(session, product(hp->head_count, chunks, part), sizeof(float), &failed);
+    return failed;
+}
+
+static int32_t allocate(mq_session *session, uint32_t n_threads)
+{
+    const mq_hparams *hp = &session->model->hparams;
+    const size_t ctx = session->n_ctx, half = hp->head_dim / 2;
+    int32_t failed = 0;
+    session->cosine = own(session, product(ctx, half, 1), sizeof(float), &failed);
+    session->sine = own(session, product(ctx, half, 1), sizeof(float), &failed);
+    session->depths = own(session, product(ctx, hp->block_count, MQ_LINEARS), sizeof(uint8_t), &failed);
+    session->table = own(session, product(hp->block_count, MQ_LINEARS, 1), sizeof(uint8_t), &failed);
+    session->thresholds = own(session, product(hp->block_count, MQ_LINEARS, MQ_GATES), sizeof(float), &failed);
+    session->asked_at = own(session, ctx, sizeof(float), &failed);
+    if (session->model->device == NULL) {
+        failed |= allocate_cpu(session, n_threads);
+    }
     return failed;
 }
 
@@ -161,6 +174,14 @@ mq_status mq_session_open(const mq_model *model, const mq_session_options *optio
     }
     fill_rope(session);
     memset(session->table, (int)model->info.max_depth, (size_t)model->hparams.block_count * MQ_LINEARS);
+    session->budget_changed = true;
+    if (model->device != NULL) {
+        status = mq_device_session_open(session, error);
+        if (status != MQ_OK) {
+            mq_session_close(session);
+            return status;
+        }
+    }
     *out = session;
     return MQ_OK;
 }
@@ -170,6 +191,7 @@ void mq_session_close(mq_session *session)
     if (session == NULL) {
         return;
     }
+    mq_device_session_close(session);
     mq_pool_close(session->pool);
     for (size_t i = 0; i < session->n_allocations; i++) {
         free(session->allocations[i]);
@@ -180,7 +202,7 @@ void mq_session_close(mq_session *session)
 
 const char *mq_session_kernel(const mq_session *session)
 {
-    return session->kernels->name;
+    return session->device != NULL ? "cuda" : session->kernels->name;
 }
 
 mq_status mq_session_acquire(mq_session *session, mq_error *error)
@@ -244,6 +266,7 @@ static mq_status evaluate(mq_session *session, const int32_t *tokens, size_t n, 
     }
     const mq_hparams *hp = &session->model->hparams;
     const size_t row = hidden ? hp->embedding_length : hp->vocab_size;
+    const uint32_t before = session->position;
     status = check_tokens(session, tokens, n, n_output, error);
     for (size_t done = 0; done < n && status == MQ_OK;) {
         const size_t left = n - done;
@@ -251,15 +274,20 @@ static mq_status evaluate(mq_session *session, const int32_t *tokens, size_t n, 
         const size_t after = left - count; /* tokens still to come */
         const size_t wanted = n_output > after ? n_output - after : 0;
         const uint32_t here = wanted < count ? (uint32_t)wanted : count;
-        mq_forward(session, tokens + done, count, output, hidden ? 0 : here);
-        if (hidden) {
-            mq_forward_hidden(session, count, output, here);
+        if (session->device != NULL) {
+            status = mq_device_forward(session, tokens + done, count, output, hidden ? 0 : here, output, hidden ? here : 0, error);
+        } else {
+            mq_forward(session, tokens + done, count, output, hidden ? 0 : here);
+            if (hidden) {
+                mq_forward_hidden(session, count, output, here);
+            }
         }
         output = here > 0 ? output + here * row : output;
         n_output -= here;
-        session->position += count;
+        session->position += status == MQ_OK ? count : 0;
         done += count;
     }
+    session->position = status == MQ_OK ? session->position : before;
     mq_session_release(session);
     return status;
 }
@@ -273,6 +301,65 @@ mq_status mq_session_eval_hidden(mq_session *session, const int32_t *tokens, siz
                                  mq_error *error)
 {
     return evaluate(session, tokens, n, hidden, n_hidden, true, error);
+}
+
+/* The index of the largest value, of equal ones the first. */
+static int32_t most_likely(const float *logits, size_t vocab)
+{
+    size_t best = 0;
+    for (size_t i = 1; i < vocab; i++) {
+        best = logits[i] > logits[best] ? i : best;
+    }
+    return (int32_t)best;
+}
+
+static mq_status greedy_step(mq_session *session, int32_t token, uint32_t n, float *logits, int32_t *chosen, float *milliseconds,
+                             mq_error *error)
+{
+    if (session->device != NULL) {
+        return mq_device_greedy(session, token, n, chosen, milliseconds, error);
+    }
+    for (uint32_t i = 0; i < n; i++, session->position++) {
+        mq_forward(session, &token, 1, logits, 1);
+        token = chosen[i] = most_likely(logits, session->model->hparams.vocab_size);
+    }
+    session->position -= n;
+    return MQ_OK;
+}
+
+mq_status mq_session_greedy(mq_session *session, int32_t token, size_t n, int32_t *chosen, float *milliseconds, mq_error *error)
+{
+    mq_status status = mq_session_acquire(session, error);
+    if (status != MQ_OK) {
+        return status;
+    }
+    const uint32_t before = session->position;
+    float *logits = NULL, total = 0.0f;
+    status = check_tokens(session, &token, n < 1 ? n : 1, 0, error);
+    if (status == MQ_OK && n > session->n_ctx - session->position) {
+        status = mq_fail(error, MQ_ERR_CONTEXT_FULL, "%zu tokens do not fit: %" PRIu32 " of %" PRIu32 " positions are left", n,
+                         session->n_ctx - session->position, session->n_ctx);
+    }
+    if (status == MQ_OK && session->device == NULL) {
+        logits = mq_alloc(session->model->hparams.vocab_size, sizeof *logits);
+        status = logits == NULL ? mq_fail(error, MQ_ERR_MEMORY, "cannot allocate one token's logits") : MQ_OK;
+    }
+    for (size_t done = 0; done < n && status == MQ_OK;) {
+        const size_t left = n - done;
+        const uint32_t count = mq_budget_begin(session, left < UINT32_MAX ? (uint32_t)left : UINT32_MAX);
+        float here = 0.0f;
+        status = greedy_step(session, done == 0 ? token : chosen[done - 1], count, logits, chosen + done, &here, error);
+        session->position += status == MQ_OK ? count : 0;
+        total += here;
+        done += count;
+    }
+    free(logits);
+    session->position = status == MQ_OK ? session->position : before;
+    if (milliseconds != NULL) {
+        *milliseconds = total;
+    }
+    mq_session_release(session);
+    return status;
 }
 
 uint32_t mq_session_position(const mq_session *session)

@@ -4,6 +4,7 @@
  * header, then for positions 0..position-1: bits asked for f32 [position] (0: not routed), depths uint8 [position][block][7],
  * keys f16 [block][kv head][position][head_dim], values alike: rows without the padding and the order they have in the cache.
  */
+#include "device.h"
 #include "error.h"
 #include "session.h"
 
@@ -132,7 +133,15 @@ mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, 
     at += asked_size(session->position);
     memcpy(at, session->depths, depths_size(session, session->position));
     at += depths_size(session, session->position);
-    copy_cache(session, session->position, at, NULL);
+    if (session->device != NULL) {
+        const mq_status copied = mq_device_copy_cache(session, session->position, at, NULL, error);
+        if (copied != MQ_OK) {
+            mq_session_release(session);
+            return copied;
+        }
+    } else {
+        copy_cache(session, session->position, at, NULL);
+    }
     state_header header = {.version = VERSION, .position = session->position, .model = fingerprint(session->model), .size = needed,
                            .checksum = hash(HASH_START, data + sizeof header, needed - sizeof header)};
     memcpy(header.magic, MAGIC, sizeof MAGIC);
@@ -211,11 +220,19 @@ mq_status mq_session_state_set(mq_session *session, const uint8_t *data, size_t 
         return status;
     }
     const uint8_t *at = data + sizeof header;
+    const uint8_t *cache = at + asked_size(header.position) + depths_size(session, header.position);
+    if (session->device != NULL) {
+        status = mq_device_copy_cache(session, header.position, NULL, cache, error);
+        if (status != MQ_OK) {
+            mq_session_release(session);
+            return status;
+        }
+    } else {
+        copy_cache(session, header.position, NULL, cache);
+    }
     memcpy(session->asked_at, at, asked_size(header.position));
     at += asked_size(header.position);
     memcpy(session->depths, at, depths_size(session, header.position));
-    at += depths_size(session, header.position);
-    copy_cache(session, header.position, NULL, at);
     session->position = header.position;
     session->stretch_end = 0; /* thresholds are found anew */
     mq_session_release(session);
