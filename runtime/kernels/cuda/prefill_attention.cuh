@@ -37,6 +37,23 @@ struct attend_shared {
 };
 // then query [head_dim][ROWS]
 
+// exponential() of what is not above 0. Adding 1.5·2^23 rounds as rintf does, and leaves the integer in the low bits.
+__device__ inline float decay(float x)
+{
+    x = x < MQ_EXP_LOW ? MQ_EXP_LOW : x; // a NaN stays one
+    const float shifted = x * MQ_LOG2_E + 12582912.0f, n = shifted - 12582912.0f;
+    float r = fmaf(n, -MQ_LN2_HIGH, x);
+    r = fmaf(n, -MQ_LN2_LOW, r);
+    float p = fmaf(MQ_EXP_C7, r, MQ_EXP_C6);
+    p = fmaf(p, r, MQ_EXP_C5);
+    p = fmaf(p, r, MQ_EXP_C4);
+    p = fmaf(p, r, MQ_EXP_C3);
+    p = fmaf(p, r, MQ_EXP_C2);
+    p = fmaf(p, r, 1.0f);
+    p = fmaf(p, r, 1.0f);
+    return p * __int_as_float((__float_as_int(shifted) + 127) << 23);
+}
+
 // 16 f16 on their way from the cache to a panel.
 struct halves {
     uint4 first, second;
@@ -151,6 +168,42 @@ __device__ inline void accumulate_seen(outputs<COLUMNS> &out, const float (*rows
     }
 }
 
+// Scores of 16·COLUMNS positions of a chunk from `wide` on, of which `left` exist; a panel is DEEP dimensions.
+template <uint32_t ROWS, uint32_t COLUMNS>
+__device__ inline void score_block(attend_shared<ROWS> &s, const float (*query)[ROWS], const uint16_t *keys, uint32_t dim,
+                                   uint32_t left, float scale, uint32_t wide, uint32_t across, uint32_t down)
+{
+    outputs<COLUMNS> score = {};
+    const uint32_t at = threadIdx.x % 8 * 16; // of the positions, in the thread's part of a panel
+    panel_loader<ROWS * 2> loader;
+    const auto key = [&](uint32_t deep) {
+        return fetch(keys + (size_t)at * dim + deep * 16, at < 16 * COLUMNS && at < left && deep < dim);
+    };
+    loader.fetch_next(0, key);
+    for (uint32_t first = 0, turn = 0; first < dim; first += DEEP, turn ^= 1) {
+        loader.put_into(s.panel[turn]);
+        __syncthreads(); // and the panel before this one is done with
+        if (first + DEEP < dim) {
+            loader.fetch_next(first + DEEP, key);
+        }
+        accumulate(score, query + first, s.panel[turn], first + DEEP < dim ? DEEP : dim - first, across, down);
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < COLUMNS; j++) {
+        float *to = s.weight[wide + j / 4 * 64 + 4 * down + j % 4] + 4 * across;
+#pragma unroll
+        for (uint32_t half = 0; half < 2; half++) {
+            float4 four;
+            four.x = score.at[half * 4][j] * scale;
+            four.y = score.at[half * 4 + 1][j] * scale;
+            four.z = score.at[half * 4 + 2][j] * scale;
+            four.w = score.at[half * 4 + 3][j] * scale;
+            *reinterpret_cast<float4 *>(to + half * (ROWS / 2)) = four;
+        }
+    }
+    __syncthreads(); // scores are written, panels read
+}
+
 // grid: (blocks of rows, kv heads, blocks of 16·COLUMNS dimensions of the values)
 template <uint32_t ROWS, uint32_t COLUMNS>
 static __global__ void __launch_bounds__(ROWS * 2, 128 / ROWS) prefill_attention(const mq_cuda_attention a)
@@ -191,38 +244,13 @@ static __global__ void __launch_bounds__(ROWS * 2, 128 / ROWS) prefill_attention
     outputs<COLUMNS> part = {};
     for (uint32_t begin = 0; begin < end; begin += CHUNK) {
         const uint32_t length = end - begin < CHUNK ? end - begin : CHUNK; // of the chunk, as far as any row sees
-        // Scores: a panel is DEEP dimensions of WIDE positions.
         for (uint32_t wide = 0; wide < length; wide += WIDE) {
-            outputs<8> score = {};
-            const uint32_t at = wide + thread % 8 * 16;
-            const uint16_t *from = keys + (size_t)(begin + at) * dim;
-            panel_loader<THREADS> loader;
-            const auto key = [&](uint32_t deep) { return fetch(from + deep * 16, at < length && deep < dim); };
-            loader.fetch_next(0, key);
-            for (uint32_t first = 0, turn = 0; first < dim; first += DEEP, turn ^= 1) {
-                loader.put_into(s.panel[turn]);
-                __syncthreads(); // and the panel before this one is done with
-                if (first + DEEP < dim) {
-                    loader.fetch_next(first + DEEP, key);
-                    accumulate(score, query + first, s.panel[turn], DEEP, across, down);
-                } else {
-                    accumulate(score, query + first, s.panel[turn], dim - first, across, down);
-                }
+            const uint16_t *from = keys + (size_t)(begin + wide) * dim;
+            if (length - wide > WIDE / 2) {
+                score_block<ROWS, 8>(s, query, from, dim, length - wide, a.scale, wide, across, down);
+            } else {
+                score_block<ROWS, 4>(s, query, from, dim, length - wide, a.scale, wide, across, down);
             }
-#pragma unroll
-            for (uint32_t j = 0; j < 8; j++) {
-                float *to = s.weight[wide + j / 4 * 64 + 4 * down + j % 4] + 4 * across;
-#pragma unroll
-                for (uint32_t half = 0; half < 2; half++) {
-                    float4 four;
-                    four.x = score.at[half * 4][j] * a.scale;
-                    four.y = score.at[half * 4 + 1][j] * a.scale;
-                    four.z = score.at[half * 4 + 2][j] * a.scale;
-                    four.w = score.at[half * 4 + 3][j] * a.scale;
-                    *reinterpret_cast<float4 *>(to + half * (ROWS / 2)) = four;
-                }
-            }
-            __syncthreads(); // scores are written, panels read
         }
         // Weights: positions that a row does not see get 0.
         const uint32_t seen = my_sees <= begin ? 0 : my_sees - begin < length ? my_sees - begin : length;
@@ -240,13 +268,12 @@ static __global__ void __launch_bounds__(ROWS * 2, 128 / ROWS) prefill_attention
             for (uint32_t i = 0; i < 8; i++) {
                 float weight = 0.0f;
                 if (first + i < seen) {
-                    weight = exponential(s.weight[first + i][my_row] - most);
+                    weight = decay(s.weight[first + i][my_row] - most);
                     lanes[i] += weight;
                 }
                 s.weight[first + i][my_row] = weight;
             }
         }
-        __syncthreads(); // exchange is read
         // fold: lanes i and i + 8 are of different threads, the rest of one
         if (my_half == 1) {
 #pragma unroll
