@@ -144,9 +144,15 @@ mq_status mq_device_session_open(mq_session *session, mq_error *error)
                                              .attention_scale = session->attention_scale, .cosine = session->cosine,
                                              .sine = session->sine};
     mq_cuda_message message = {{0}};
+    if (session->key_type != MQ_CACHE_F16 || session->value_type != MQ_CACHE_F16) {
+        return mq_fail(error, MQ_ERR_UNSUPPORTED, "cache type: expected f16 on a GPU, found q8_0");
+    }
     if (device->api->session_open(device->model, &options, &session->device, &message) != 0) {
         return device_error(session, error, &message);
     }
+    mq_cuda_memory memory;
+    device->api->memory(session->device, &memory);
+    session->cache_bytes = memory.cache;
     return MQ_OK;
 }
 
