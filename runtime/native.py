@@ -355,6 +355,13 @@ class NativeSession:
         _check(lib.mq_session_state_set(self._handle, ffi.from_buffer("uint8_t[]", state), len(state), error), error)
 
 
+def measure_device_matvec(rows: int, columns: int, depth: int, repeats: int) -> tuple[list[float], int]:
+    """Microseconds per mat-vec on the GPU of weights from memory in each pass, and the bytes one reads."""
+    microseconds, size, error = ffi.new("double[]", repeats), ffi.new("size_t *"), ffi.new("mq_error *")
+    _check(lib.mq_device_measure_matvec(rows, columns, depth, repeats, microseconds, size, error), error)
+    return list(microseconds), size[0]
+
+
 def measure_read(n_threads: int, size: int, repeats: int) -> list[float]:
     """Seconds of each pass in which `n_threads` read `size` bytes of memory once."""
     seconds, error = ffi.new("double[]", repeats), ffi.new("mq_error *")

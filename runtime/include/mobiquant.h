@@ -98,6 +98,10 @@ typedef struct mq_device_info {
     char text[512];
 } mq_device_info;
 void mq_device_describe(mq_device_info *info);
+/* Microseconds per mat-vec of one rows x columns linear at `depth` on the GPU, in each of `repeats` passes over random copies that
+ * its caches cannot hold. *bytes: what one reads. */
+mq_status mq_device_measure_matvec(uint32_t rows, uint32_t columns, uint32_t depth, uint32_t repeats, double *microseconds,
+                                   size_t *bytes, mq_error *error);
 
 mq_status mq_model_open(const char *path, const mq_model_options *options, mq_model **model, mq_error *error);
 void mq_model_close(mq_model *model); /* NULL is allowed; every session of it must be closed before */

@@ -74,6 +74,22 @@ void mq_device_describe(mq_device_info *info)
     }
 }
 
+mq_status mq_device_measure_matvec(uint32_t rows, uint32_t columns, uint32_t depth, uint32_t repeats, double *microseconds,
+                                   size_t *bytes, mq_error *error)
+{
+    mq_cuda_device device;
+    mq_cuda_message message = {{0}};
+    if (rows < 1 || columns < 1 || depth < 1 || depth > MQ_SLICE_COUNT || repeats < 1) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "shape %" PRIu32 " x %" PRIu32 ", depth %" PRIu32 ": expected positive sizes and a depth "
+                       "of 1 to %d", rows, columns, depth, MQ_SLICE_COUNT);
+    }
+    const mq_cuda_api *api = open_library(&device, &message);
+    if (api == NULL || api->measure_matvec(rows, columns, depth, repeats, microseconds, bytes, &message) != 0) {
+        return mq_fail(error, MQ_ERR_DEVICE, "%s", message.text);
+    }
+    return MQ_OK;
+}
+
 /* Why this model does not run on the GPU, in `message`; 0 when it does. */
 static int32_t try_device(mq_model *model, mq_cuda_message *message)
 {

@@ -10,6 +10,7 @@
 #include "arithmetic.cuh"
 #include "control.cuh"
 #include "kernels.h"
+#include "tensor.cuh"
 
 enum { ATTEND_THREADS = MQ_ATTENTION_CHUNK, ATTEND_HEADS = 4, STORE_THREADS = 256, KEY_POSITIONS = 16 };
 
@@ -45,8 +46,9 @@ __device__ inline float2 rotated(const float *head, const float *cosine, const f
     return make_float2(fmaf(a, cosine[i], -(b * sine[i])), fmaf(b, cosine[i], a * sine[i]));
 }
 
-// The key and value of one kv head at one position, from one token's k (before rotation) and v.
-__device__ inline void store_position(const attention_job &job, uint32_t head, size_t position, const float *k, const float *v)
+// The key and value of one kv head at one position, from one token's k (before rotation) and v; with `column`, there too.
+__device__ inline void store_position(const attention_job &job, uint32_t head, size_t position, const float *k, const float *v,
+                                      uint16_t *column_too = nullptr, uint16_t *row_too = nullptr)
 {
     const uint32_t half = job.dim / 2, padded = padded_dim(job.dim);
     const float *cosine = job.cosine + position * half, *sine = job.sine + position * half;
@@ -55,11 +57,20 @@ __device__ inline void store_position(const attention_job &job, uint32_t head, s
     uint16_t *row = job.values + (head * job.positions + position) * padded;
     for (uint32_t i = threadIdx.x; i < half; i += blockDim.x) {
         const float2 pair = rotated(k, cosine, sine, half, i);
-        column[i * KEY_POSITIONS] = f32_to_f16(pair.x);
-        column[(half + i) * KEY_POSITIONS] = f32_to_f16(pair.y);
+        const uint16_t first = f32_to_f16(pair.x), second = f32_to_f16(pair.y);
+        column[i * KEY_POSITIONS] = first;
+        column[(half + i) * KEY_POSITIONS] = second;
+        if (column_too != nullptr) {
+            column_too[i * KEY_POSITIONS] = first;
+            column_too[(half + i) * KEY_POSITIONS] = second;
+        }
     }
-    for (uint32_t i = threadIdx.x; i < job.dim; i += blockDim.x) {
-        row[i] = f32_to_f16(v[i]);
+    for (uint32_t i = threadIdx.x; i < padded; i += blockDim.x) {
+        const uint16_t number = i < job.dim ? f32_to_f16(v[i]) : 0;
+        row[i] = number;
+        if (row_too != nullptr) {
+            row_too[i] = number;
+        }
     }
 }
 
@@ -84,18 +95,43 @@ static __global__ void __launch_bounds__(STORE_THREADS) rotate_and_store(const _
     }
 }
 
-// Shared memory of attend_one: queries [dim][ATTEND_HEADS], weights [chunk][ATTEND_HEADS], parts [ATTEND_HEADS][part].
+// Shared memory of attend_one: queries [dim][ATTEND_HEADS], weights [chunk][ATTEND_HEADS], parts [ATTEND_HEADS][part], and when
+// they are staged the keys and values of the chunk.
 struct attend_shared {
     float *query, *weight, *part;
+    uint16_t *keys, *values;
 };
 
-static inline size_t attend_bytes(uint32_t dim)
+// Numbers from one key block of 16 positions to the next; staged ones lie apart so that two of them share no bank.
+__host__ __device__ inline uint32_t key_stride(uint32_t dim, bool staged)
 {
-    return sizeof(float) * ATTEND_HEADS * (dim + MQ_ATTENTION_CHUNK + part_floats(dim));
+    return KEY_POSITIONS * dim + (staged ? KEY_POSITIONS : 0);
+}
+
+__host__ __device__ inline size_t attend_bytes(uint32_t dim, bool staged)
+{
+    const size_t floats = static_cast<size_t>(ATTEND_HEADS) * (dim + MQ_ATTENTION_CHUNK + part_floats(dim));
+    const size_t halves = static_cast<size_t>(MQ_ATTENTION_CHUNK / KEY_POSITIONS) * key_stride(dim, true)
+                          + static_cast<size_t>(MQ_ATTENTION_CHUNK) * padded_dim(dim);
+    return sizeof(float) * floats + (staged ? sizeof(uint16_t) * halves : 0);
+}
+
+// Copies the first `count` positions of a chunk to shared memory; they are there after copy_wait<0>() and a barrier.
+__device__ inline void stage(const attention_job &job, const attend_shared &s, uint32_t count, const uint16_t *key, const uint16_t *value)
+{
+    enum { PIECE = 8 }; // numbers copied at once
+    const uint32_t dim = job.dim, of_block = KEY_POSITIONS * dim / PIECE, blocks = (count + KEY_POSITIONS - 1) / KEY_POSITIONS;
+    for (uint32_t i = threadIdx.x; i < blocks * of_block; i += ATTEND_THREADS) {
+        copy_async<16>(s.keys + i / of_block * key_stride(dim, true) + i % of_block * PIECE, key + static_cast<size_t>(i) * PIECE, true);
+    }
+    for (uint32_t i = threadIdx.x; i < count * padded_dim(dim) / PIECE; i += ATTEND_THREADS) {
+        copy_async<16>(s.values + i * PIECE, value + static_cast<size_t>(i) * PIECE, true);
+    }
+    copy_commit();
 }
 
 // Thread p scores position p for every query, then the block turns scores into weights: exp(score − largest).
-__device__ inline void weigh_positions(const attention_job &job, const attend_shared &s, uint32_t seen, const uint16_t *key)
+__device__ inline void weigh_positions(const attention_job &job, const attend_shared &s, uint32_t seen, const uint16_t *key, uint32_t stride)
 {
     __shared__ float of_warp[ATTEND_THREADS / WARP][ATTEND_HEADS];
     const uint32_t dim = job.dim, p = threadIdx.x, padded = padded_dim(dim);
@@ -104,7 +140,7 @@ __device__ inline void weigh_positions(const attention_job &job, const attend_sh
         score[h] = 0.0f;
     }
     if (p < seen) {
-        const uint16_t *k = key + static_cast<size_t>(p / KEY_POSITIONS) * KEY_POSITIONS * dim + p % KEY_POSITIONS;
+        const uint16_t *k = key + static_cast<size_t>(p / KEY_POSITIONS) * stride + p % KEY_POSITIONS;
 #pragma unroll 16
         for (uint32_t i = 0; i < dim; i++) {
             const float element = f16_to_f32(k[i * KEY_POSITIONS]);
@@ -140,16 +176,24 @@ __device__ inline void weigh_positions(const attention_job &job, const attend_sh
 // Items (two of the queries, one dimension): the weighted sum of values. Then the sums of the weights, in 16 lanes each.
 __device__ inline void sum_values(const attention_job &job, const attend_shared &s, uint32_t seen, const uint16_t *value)
 {
+    enum { AT_ONCE = 16 };
     const uint32_t dim = job.dim, padded = padded_dim(dim), floats = part_floats(dim);
     for (uint32_t item = threadIdx.x; item < 2 * padded; item += ATTEND_THREADS) {
         const uint32_t i = item % padded, h = item / padded * 2;
         float first = 0.0f, second = 0.0f;
-#pragma unroll 16
-        for (uint32_t t = 0; t < seen; t++) {
-            const float element = f16_to_f32(value[static_cast<size_t>(t) * padded + i]);
-            const float2 weight = *reinterpret_cast<const float2 *>(s.weight + t * ATTEND_HEADS + h);
-            first = fmaf(weight.x, element, first);
-            second = fmaf(weight.y, element, second);
+        for (uint32_t begin = 0; begin < seen; begin += AT_ONCE) { // the cache has room for whole sixteens of positions
+            uint16_t element[AT_ONCE];
+#pragma unroll
+            for (uint32_t t = 0; t < AT_ONCE; t++) {
+                element[t] = value[static_cast<size_t>(begin + t) * padded + i];
+            }
+#pragma unroll
+            for (uint32_t t = 0; t < AT_ONCE; t++) {
+                const float2 weight = *reinterpret_cast<const float2 *>(s.weight + (begin + t) * ATTEND_HEADS + h);
+                const bool sees = begin + t < seen;
+                first = sees ? fmaf(weight.x, f16_to_f32(element[t]), first) : first;
+                second = sees ? fmaf(weight.y, f16_to_f32(element[t]), second) : second;
+            }
         }
         s.part[h * floats + i] = first;
         s.part[(h + 1) * floats + i] = second;
@@ -185,7 +229,9 @@ __device__ inline float joined(const float *parts, uint32_t chunks, uint32_t dim
     return part * (1.0f / total);
 }
 
-// One token, grid (chunks, heads_kv, fours of the heads that share one): rotates, stores its key and value, attends.
+// One token, grid (chunks, heads_kv, fours of the heads that share one): rotates, stores its key and value, attends. The positions
+// of earlier passes are staged while the kernels before this one still run.
+template <bool STAGED>
 static __global__ void __launch_bounds__(ATTEND_THREADS) attend_one(const __grid_constant__ attention_job job)
 {
     const uint32_t dim = job.dim, half = dim / 2, padded = padded_dim(dim), floats = part_floats(dim);
@@ -193,16 +239,32 @@ static __global__ void __launch_bounds__(ATTEND_THREADS) attend_one(const __grid
     const uint32_t first = kv * shared_by + blockIdx.z * ATTEND_HEADS, left = shared_by - blockIdx.z * ATTEND_HEADS;
     const uint32_t heads = left < ATTEND_HEADS ? left : ATTEND_HEADS;
     float *memory = dynamic_shared<float>();
-    const attend_shared s = {memory, memory + ATTEND_HEADS * dim, memory + ATTEND_HEADS * (dim + MQ_ATTENTION_CHUNK)};
-    pdl_launch();
-    pdl_wait();
-    const size_t position = job.state->position;
+    uint16_t *staged = reinterpret_cast<uint16_t *>(memory + ATTEND_HEADS * (dim + MQ_ATTENTION_CHUNK + floats));
+    const attend_shared s = {memory, memory + ATTEND_HEADS * dim, memory + ATTEND_HEADS * (dim + MQ_ATTENTION_CHUNK), staged,
+                             staged + MQ_ATTENTION_CHUNK / KEY_POSITIONS * key_stride(dim, true)};
+    const size_t position = job.state->position; // does not change during a pass
     const uint32_t chunks = static_cast<uint32_t>(position) / MQ_ATTENTION_CHUNK + 1;
+    const size_t begin = static_cast<size_t>(chunk) * MQ_ATTENTION_CHUNK, from = kv * job.positions + begin;
+    const uint16_t *key = job.keys + from * dim, *value = job.values + from * padded;
+    const bool last = chunk == chunks - 1;
+    const uint32_t before = last ? static_cast<uint32_t>(position - begin) : MQ_ATTENTION_CHUNK;
+    const uint32_t seen = last ? before + 1 : MQ_ATTENTION_CHUNK;
+    pdl_launch();
+    if (STAGED && chunk < chunks) {
+        stage(job, s, before, key, value);
+    }
+    pdl_wait();
     if (chunk >= chunks) {
         return;
     }
-    if (chunk == chunks - 1) {
-        store_position(job, kv, position, job.k + kv * dim, job.v + kv * dim);
+    if (STAGED) {
+        copy_wait<0>();
+        __syncthreads();
+    }
+    if (last) {
+        uint16_t *column = s.keys + before / KEY_POSITIONS * key_stride(dim, true) + before % KEY_POSITIONS;
+        store_position(job, kv, position, job.k + kv * dim, job.v + kv * dim, STAGED ? column : nullptr,
+                       STAGED ? s.values + before * padded : nullptr);
     }
     for (uint32_t i = threadIdx.x; i < ATTEND_HEADS * half; i += ATTEND_THREADS) {
         const uint32_t h = i / half, at = i % half;
@@ -214,10 +276,8 @@ static __global__ void __launch_bounds__(ATTEND_THREADS) attend_one(const __grid
         s.query[(half + at) * ATTEND_HEADS + h] = pair.y;
     }
     __syncthreads();
-    const size_t begin = static_cast<size_t>(chunk) * MQ_ATTENTION_CHUNK, from = kv * job.positions + begin, here = position + 1 - begin;
-    const uint32_t seen = here < MQ_ATTENTION_CHUNK ? static_cast<uint32_t>(here) : MQ_ATTENTION_CHUNK;
-    weigh_positions(job, s, seen, job.keys + from * dim);
-    sum_values(job, s, seen, job.values + from * padded);
+    weigh_positions(job, s, seen, STAGED ? s.keys : key, key_stride(dim, STAGED));
+    sum_values(job, s, seen, STAGED ? s.values : value);
     float *out = job.out + static_cast<size_t>(first) * dim;
     if (chunks == 1) {
         for (uint32_t i = threadIdx.x; i < heads * dim; i += ATTEND_THREADS) {

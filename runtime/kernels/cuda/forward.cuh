@@ -73,14 +73,23 @@ static void start_linears(pass *p, matvec_job job, uint32_t n)
     job.scale = s->on.scale;
     job.sum = s->on.sum;
     job.state = s->on.state;
+    uint32_t blocks = 0; // of rows
     for (uint32_t i = 0; i < job.count; i++) {
-        job.first_block[i + 1] = job.first_block[i] + matvec_blocks(job.matrix[i]);
+        blocks += matvec_blocks(job.matrix[i]);
     }
-    const uint32_t blocks = job.first_block[job.count];
-    if (n == 1) {
-        start(p, dim3(blocks), MATVEC_THREADS, 0, matvec_one, job);
+    const uint32_t places = s->model->multiprocessors;
+    const bool many = blocks <= places;
+    const uint32_t each = n > 1 || many ? 1 : (blocks + 2 * places - 1) / (2 * places); // row blocks of a block of threads
+    for (uint32_t i = 0; i < job.count; i++) {
+        job.first_block[i + 1] = job.first_block[i] + (matvec_blocks(job.matrix[i]) + each - 1) / each;
+    }
+    const uint32_t grid = job.first_block[job.count];
+    if (n > 1) {
+        start(p, dim3(grid, (n + FEW_TOKENS - 1) / FEW_TOKENS), FEW_THREADS, 0, matvec_few, job);
+    } else if (many) {
+        start(p, dim3(grid), MANY_WARPS * WARP, sizeof(one_shared<MANY_WARPS>), matvec_one<MANY_WARPS>, job);
     } else {
-        start(p, dim3(blocks, (n + FEW_TOKENS - 1) / FEW_TOKENS), MATVEC_THREADS, 0, matvec_few, job);
+        start(p, dim3(grid), SOME_WARPS * WARP, sizeof(one_shared<SOME_WARPS>), matvec_one<SOME_WARPS>, job);
     }
 }
 
@@ -114,7 +123,6 @@ static void start_point(pass *p, uint32_t block, uint32_t point, bool add, float
     }
     job.depth_stride = s->model->host->hparams.block_count * MQ_LINEARS;
     job.depths = s->on.depths + static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
-    job.table = s->on.table + static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
     job.add = add;
     if (!many) {
         start_linears(p, job, p->n);
@@ -153,7 +161,12 @@ static void start_attention(pass *p, uint32_t block)
     job.state = s->on.state;
     if (p->n == 1) {
         const uint32_t fours = (hp.head_count / hp.head_count_kv + ATTEND_HEADS - 1) / ATTEND_HEADS;
-        start(p, dim3(p->chunks, hp.head_count_kv, fours), ATTEND_THREADS, attend_bytes(hp.head_dim), attend_one, job);
+        const dim3 grid(p->chunks, hp.head_count_kv, fours);
+        if (s->model->staged) {
+            start(p, grid, ATTEND_THREADS, attend_bytes(hp.head_dim, true), attend_one<true>, job);
+        } else {
+            start(p, grid, ATTEND_THREADS, attend_bytes(hp.head_dim, false), attend_one<false>, job);
+        }
         return;
     }
     start(p, dim3(hp.head_count + hp.head_count_kv, p->n), STORE_THREADS, 0, rotate_and_store, job);

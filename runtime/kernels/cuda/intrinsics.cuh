@@ -54,20 +54,6 @@ __device__ inline void prefetch_l2(const void *address)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-// `bytes`, a multiple of 16, that the block of threads will read: called by all of its threads.
-__device__ inline void prefetch_block(const void *address, uint32_t bytes)
-{
-#if __CUDA_ARCH__ >= 900
-    if (threadIdx.x == 0) {
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
-    }
-#else
-    for (uint32_t i = threadIdx.x * 128; i < bytes; i += blockDim.x * 128) {
-        prefetch_l2(static_cast<const char *>(address) + i);
-    }
-#endif
-}
-
 __device__ inline int sum_warp(int value)
 {
     return __reduce_add_sync(0xffffffffu, value);

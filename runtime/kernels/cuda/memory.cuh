@@ -15,6 +15,8 @@
 
 struct mq_cuda_model {
     const mq_model *host;
+    uint32_t multiprocessors;
+    bool staged;         // a chunk of keys and values fits in a block's shared memory
     bool pdl;            // this GPU starts kernels before the one before them has ended
     uint8_t *weights;    // the file from its first tensor on
     size_t bytes;
@@ -246,6 +248,8 @@ static int32_t open_model(const mq_model *host, mq_cuda_model **out, mq_cuda_mes
         first = host->file.tensors[i].present && at < first ? at : first;
     }
     model->host = host;
+    model->multiprocessors = static_cast<uint32_t>(properties.multiProcessorCount);
+    model->staged = attend_bytes(host->hparams.head_dim, true) <= properties.sharedMemPerBlockOptin;
     model->pdl = properties.major >= 9;
     model->bytes = static_cast<size_t>(host->mapping.data + host->mapping.size - first);
     if (place_weights(model, first, properties.integrated != 0, message) != 0) {

@@ -56,7 +56,7 @@ __device__ inline float norm_factor(const float *x, uint32_t columns, float eps,
         }
         __syncthreads();
         if (threadIdx.x < LANES) {
-#pragma unroll 16
+#pragma unroll 32
             for (uint32_t i = threadIdx.x; i < count; i += LANES) {
                 lane = fmaf(piece[i], piece[i], lane);
             }
@@ -75,7 +75,7 @@ __device__ inline float norm_factor(const float *x, uint32_t columns, float eps,
 
 // One warp: four columns a lane. Returns the lane's four codes.
 __device__ inline uint32_t quantize_group(const prepare_job &job, uint32_t token, uint32_t group, float factor,
-                                          const float (&norm)[4], float &scale, int &squares)
+                                          const float (&x)[4], const float (&other)[4], float &scale, int &squares)
 {
     const uint32_t lane = threadIdx.x % WARP, first = group * MQ_GROUP_SIZE + lane * 4;
     const size_t row = static_cast<size_t>(token) * job.columns;
@@ -85,12 +85,7 @@ __device__ inline uint32_t quantize_group(const prepare_job &job, uint32_t token
         const uint32_t c = first + i;
         v[i] = 0.0f;
         if (c < job.columns) {
-            v[i] = job.x[row + c];
-            if (job.norm != nullptr) {
-                v[i] = v[i] * factor * norm[i];
-            } else if (job.up != nullptr) {
-                v[i] = swiglu(v[i], job.up[row + c]);
-            }
+            v[i] = job.norm != nullptr ? x[i] * factor * other[i] : job.up != nullptr ? swiglu(x[i], other[i]) : x[i];
             if (job.normed != nullptr) {
                 job.normed[row + c] = v[i];
             }
@@ -105,10 +100,10 @@ __device__ inline uint32_t quantize_group(const prepare_job &job, uint32_t token
     if (largest >= MQ_QUANTIZE_MIN) {
         const float inverse = MQ_QUANTIZE_MAX / largest;
         for (uint32_t i = 0; i < 4; i++) {
-            float x = v[i] * inverse;
-            x = x < MQ_QUANTIZE_MAX ? x : MQ_QUANTIZE_MAX; // a NaN becomes 127
-            x = x > -MQ_QUANTIZE_MAX ? x : -MQ_QUANTIZE_MAX;
-            const int code = first + i < job.columns ? static_cast<int>(rintf(x)) : 0;
+            float scaled = v[i] * inverse;
+            scaled = scaled < MQ_QUANTIZE_MAX ? scaled : MQ_QUANTIZE_MAX; // a NaN becomes 127
+            scaled = scaled > -MQ_QUANTIZE_MAX ? scaled : -MQ_QUANTIZE_MAX;
+            const int code = first + i < job.columns ? static_cast<int>(rintf(scaled)) : 0;
             packed |= (static_cast<uint32_t>(code) & 255u) << (8 * i);
             total += code;
             squares += code * code;
@@ -197,19 +192,30 @@ static __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_c
     const uint32_t token = blockIdx.y, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const uint32_t group = blockIdx.x * PREPARE_GROUPS + warp;
     const bool routed = job.router.linears > 0 && job.state->routed; // neither changes during a pass
-    float norm[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    const uint32_t column = group * MQ_GROUP_SIZE + lane * 4;
+    const size_t row = static_cast<size_t>(token) * job.columns;
+    float x[4] = {0.0f, 0.0f, 0.0f, 0.0f}, other[4] = {0.0f, 0.0f, 0.0f, 0.0f}; // other: the norm's weights, or up
     pdl_launch();
-    for (uint32_t i = 0; i < 4 && job.norm != nullptr; i++) {
-        const uint32_t c = group * MQ_GROUP_SIZE + lane * 4 + i;
-        norm[i] = c < job.columns ? job.norm[c] : 0.0f;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        if (job.norm != nullptr && column + i < job.columns) {
+            other[i] = job.norm[column + i];
+        }
     }
     if (routed && lane < job.n_hidden && group < job.groups) {
         prefetch_l2(job.router.hidden + (static_cast<size_t>(lane) * job.groups + group) * MQ_GROUP_SIZE);
     }
     pdl_wait();
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        if (column + i < job.columns) {
+            x[i] = job.x[row + column + i];
+            other[i] = job.up != nullptr ? job.up[row + column + i] : other[i];
+        }
+    }
     float factor = 1.0f;
     if (job.norm != nullptr) {
-        factor = norm_factor(job.x + static_cast<size_t>(token) * job.columns, job.columns, job.eps, piece);
+        factor = norm_factor(job.x + row, job.columns, job.eps, piece);
     }
     int *sums = reinterpret_cast<int *>(piece) + job.groups, *mine = job.sums;
     const bool alone = gridDim.x == 1;
@@ -217,7 +223,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_c
     if (group < job.groups) {
         float scale;
         int squares;
-        const uint32_t packed = quantize_group(job, token, group, factor, norm, scale, squares);
+        const uint32_t packed = quantize_group(job, token, group, factor, x, other, scale, squares);
         if (routed) {
             group_sums(job, group, packed, squares, mine + group * (job.n_hidden + 1));
             if (alone && lane == 0) {
