@@ -25,7 +25,7 @@ from runtime.completion import create_chat_completion, create_completion
 from runtime.cpu import physical_cores
 from runtime.errors import MobiQuantError
 from runtime.generation import LogitsProcessor
-from runtime.native import CACHE_TYPES, ModelInfo, NativeModel, NativeSession, Stats
+from runtime.native import CACHE_TYPES, ModelInfo, NativeModel, NativeSession, Stats, device_for
 from runtime.sampling import Sampler, SamplingSettings
 from runtime.state import SavedSession
 from runtime.tokens import Tokenizer
@@ -96,8 +96,7 @@ class Model:
             keys,
             values,
         )
-        if device == "auto" and (options.kernel or {keys, values} != {"f16"}):
-            device = "cpu"  # what the GPU has no part in was asked for
+        device = device_for(device, options.kernel, (keys, values))
         native = NativeModel(self.path, allow_partial=allow_partial, mmap=mmap, device=device)
         self._open_session(native, options)
         try:

@@ -104,6 +104,11 @@ def device_info() -> tuple[bool, str]:
     return bool(info.usable), ffi.string(info.text).decode("utf-8", errors="replace")
 
 
+def device_for(asked: str, kernel: str | None, cache_types: tuple[str, str]) -> str:
+    """The device that `asked` means beside other options: "auto" is the CPU when one of them is the CPU's alone."""
+    return "cpu" if asked == "auto" and (kernel or set(cache_types) != {"f16"}) else asked
+
+
 @dataclass(frozen=True)
 class DeviceBytes:
     """Bytes in the memory of the GPU: the file's tensors, which a model's sessions share, and a session's own."""

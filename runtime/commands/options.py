@@ -72,10 +72,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add_cache_options(group)
     group.add_argument("--kernel", help="kernels to use, see `mobiquant info`; also $MOBIQUANT_KERNEL")
+    add_device_options(group)
+    group.add_argument("--partial", action="store_true", help="accept a file cut after its last base slice")
+    group.add_argument("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
+
+
+def add_device_options(group: argparse._ActionsContainer) -> None:
+    """Where to run."""
     group.add_argument(
         "--device",
         choices=("auto", "cuda", "cpu"),
-        help="where to run: the GPU, the CPU, or the GPU where it can be used (auto)",
+        help="the GPU, the CPU, or the GPU where it can be used (auto)",
     )
     group.add_argument(
         "-ngl",
@@ -84,8 +91,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="as in llama.cpp: 0 is --device cpu, anything else --device cuda; all blocks go to the GPU or none",
     )
-    group.add_argument("--partial", action="store_true", help="accept a file cut after its last base slice")
-    group.add_argument("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
 
 
 def device_option(args: argparse.Namespace) -> str:

@@ -113,7 +113,7 @@ def decode(session: NativeSession, budget: Budget, tokens: int, repeats: int, pr
 
 
 def prefill(session: NativeSession, budget: Budget, tokens: int, repeats: int) -> float:
-    """Seconds of a prompt with the logits of its last token, by the host's clock: nothing is left on the device after it."""
+    """Seconds of a prompt with the logits of its last token, by the host's clock: the device is done by then."""
     budget.apply(session)
     seconds, logits = [], np.empty((1, session.vocab_size), np.float32)
     for _ in range(repeats + 1):
