@@ -82,8 +82,15 @@ class Source:
         return ARCHITECTURES[self.config.model_type].rotary(self.config)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of tokenizer.json."""
-        return load_tokenizer(self.path)
+        """The tokenizer of tokenizer.json. Raises UnsupportedModelError when it knows more tokens than the model."""
+        tokenizer = load_tokenizer(self.path)
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest >= self.config.vocab_size:
+            raise UnsupportedModelError(
+                f"{self.path / TOKENIZER_FILES[0]}: expected token ids below the model's vocab_size "
+                f"{self.config.vocab_size}, found {largest}"
+            )
+        return tokenizer
 
     def fingerprint(self) -> str:
         """A digest of the configuration, the tokenizer, and the header and size of every weight file."""

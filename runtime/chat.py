@@ -1,16 +1,18 @@
 """Conversations to prompt tokens with the model's own chat template.
 
 The template is rendered by runtime.template in a process with limits. What people write never becomes a control token:
-a marker such as `<|eot_id|>` inside a message is cut in two before rendering, and encoded as text.
+a marker such as `<|eot_id|>` inside a message has another name while the template is rendered, so that it can be told
+from the template's own, and is encoded as text.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +67,31 @@ class ChatTemplate:
         checked = [_checked(message, index) for index, message in enumerate(messages)]
         if not checked:
             raise ValueError("messages: expected at least one, found none")
-        texts = list(_strings(checked))
+        texts, tokenizer = list(_strings(checked)), self._tokenizer
+        forged = any(tokenizer.has_markers(text) for text in texts)
         mark = next((mark for mark in _MARKS if not any(mark in text for text in texts)), None)
         if mark is None:
             raise ValueError("messages: expected text, found every noncharacter from U+FDD0 to U+FDEF")
-        present = [marker for marker in self._tokenizer.markers if any(marker in text for text in texts)]
+        # Longest first: one marker may hold another.
+        markers = sorted(tokenizer.markers, key=len, reverse=True)
+        own = re.compile("|".join(map(re.escape, markers)))
         variables = {
-            "messages": _cut_markers(checked, present, mark),
+            "messages": _renamed(checked, own, lambda marker: f"{mark}{markers.index(marker)}{mark}")
+            if forged
+            else checked,
             "tools": None,  # templates ask whether these are none, not whether they are defined
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
-            "bos_token": self._tokenizer.marker(self._tokenizer.bos),
-            "eos_token": self._tokenizer.marker(min(self._tokenizer.eos, default=None)),
+            "bos_token": tokenizer.marker(tokenizer.bos),
+            "eos_token": tokenizer.marker(tokenizer.end),
         }
-        parts = self._render(variables).split(mark)
-        return [token for part in parts for token in self._tokenizer.encode(part, add_bos=False, special=True) if part]
+        text = self._render(variables)
+        if not forged:
+            return tokenizer.encode(text, add_bos=False, special=True)
+        # What is a marker now is the template's; between them those of the messages get their names again.
+        names = re.compile(f"{mark}([0-9]+){mark}")
+        texts = [names.sub(lambda name: markers[int(name[1])], between) for between in own.split(text)]
+        return tokenizer.encode_between(texts, own.findall(text))
 
     def prepare(self) -> None:
         """Start the process that renders the next conversation, so that it is ready when one comes."""
@@ -150,12 +162,10 @@ def _strings(value: object) -> list[str]:
     return [text for part in parts for text in _strings(part)]
 
 
-def _cut_markers(value: Any, markers: Sequence[str], mark: str) -> Any:
-    """`value` with `mark` after the first character of every marker in its strings."""
+def _renamed(value: Any, markers: re.Pattern[str], name: Callable[[str], str]) -> Any:
+    """`value` with another name for every marker in its strings."""
     if isinstance(value, str):
-        for marker in markers:
-            value = value.replace(marker, marker[0] + mark + marker[1:])
-        return value
+        return markers.sub(lambda found: name(found[0]), value)
     if isinstance(value, Mapping):
-        return {key: _cut_markers(part, markers, mark) for key, part in value.items()}
-    return [_cut_markers(part, markers, mark) for part in value] if isinstance(value, list) else value
+        return {key: _renamed(part, markers, name) for key, part in value.items()}
+    return [_renamed(part, markers, name) for part in value] if isinstance(value, list) else value

@@ -181,6 +181,7 @@ def create_chat_completion(
         [logits_processor] if callable(logits_processor) else logits_processor,
         top_logprobs if logprobs else None,
         keep_cache,
+        continues=False,
     )
     generation = Generation(model, request, cancelled)
     if stream:
@@ -336,7 +337,7 @@ def _settings(model: TokenModel, sampling: SamplingOptions) -> SamplingSettings:
 
 
 def _token_text(token: int, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode([token], special=True)
+    return tokenizer.piece(token)
 
 
 def _as_stops(stop: str | Sequence[str] | None) -> Sequence[str]:

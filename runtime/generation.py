@@ -89,7 +89,8 @@ class Request:
     """What to generate. tokens: the prompt. max_tokens: None for as many as the context holds. stop: strings that end
     the text and are not part of it. budget: precision of this generation only; None leaves it to `model.bits`, which
     may change while it runs. logprobs: None, or how many of the most likely tokens each step lists. keep_cache: use
-    what the cache holds of the prompt even if it was computed at another precision."""
+    what the cache holds of the prompt even if it was computed at another precision. continues: the text goes on from
+    that of the prompt, so that a space between the two belongs to it; an answer in a conversation does not."""
 
     tokens: Sequence[int]
     max_tokens: int | None = None
@@ -99,6 +100,7 @@ class Request:
     logits_processors: Sequence[LogitsProcessor] = ()
     logprobs: int | None = None
     keep_cache: bool = False
+    continues: bool = True
 
     def __post_init__(self) -> None:
         if not len(self.tokens):
@@ -163,7 +165,7 @@ class Generation:
 
     def _pieces(self) -> Iterator[Piece]:
         request, stops = self._request, StopStrings(self._request.stop)
-        stream = TextStream(self._model.tokenizer)
+        stream = TextStream(self._model.tokenizer, request.tokens if request.continues else ())
         waiting: list[Step] = []  # tokens whose text is not out yet
         reason = "length"  # unless an end token, a stop string or the caller ends it before
         for step in self._steps():

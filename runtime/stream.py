@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from runtime.tokens import Tokenizer
 
-_REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
+_REPLACEMENT = "\ufffd"  # what bytes that are no character, or not yet one, decode to
+_INCOMPLETE = 3  # bytes that may still become a character
+_WINDOW = 16  # tokens that are decoded again: more than a character has, and than a decoder joins
 
 
 class TextStream:
@@ -14,32 +16,49 @@ class TextStream:
 
     A token may end inside a UTF-8 sequence, and a decoder may join a token to the one before it. So the text of a short
     window of tokens is decoded again with each new token, and only what follows the part already given out is new.
+    before: tokens whose text is there already and goes on: a space between them and the first token counts.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []  # the window: tokens given out last, then tokens held back
-        self._held = 0  # index of the first token held back
+        self._tokens = list(before[-_WINDOW:])
+        self._given = tokenizer.decode(self._tokens)  # the window's text as it was given out
+        self._whole = len(self._tokens)  # tokens of the window of which all is given out
+        if self._given.endswith(_REPLACEMENT):  # half a character: what completes it cannot be told apart
+            self._tokens, self._given, self._whole = [], "", 0
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is incomplete."""
         self._tokens.append(token)
-        text = self._new_text()
-        return "" if text.endswith(_REPLACEMENT) else self._release(text)
+        text = self._text()
+        new = text[len(self._given) :]
+        # A longer row of replacements is none that will be completed.
+        held = min(len(new) - len(new.rstrip(_REPLACEMENT)), _INCOMPLETE)
+        given = text[: len(text) - held]
+        new, self._given = given[len(self._given) :], given
+        if (new and not held) or len(self._tokens) > 4 * _WINDOW:
+            self._shorten(held)
+        return new
 
     def flush(self) -> str:
         """What is still held back, at the end of the generation."""
-        return self._release(self._new_text())
+        text = self._text()
+        new, self._given = text[len(self._given) :], text
+        return new
 
-    def _new_text(self) -> str:
-        given = self._tokenizer.decode(self._tokens[: self._held])
-        return self._tokenizer.decode(self._tokens)[len(given) :]
+    def _text(self) -> str:
+        text = self._tokenizer.decode(self._tokens)
+        if text.startswith(self._given):
+            return text
+        # Some decoders take a row of bytes as one, so that one wrong byte spoils characters before it.
+        return self._given + self._tokenizer.decode(self._tokens[self._whole :])
 
-    def _release(self, text: str) -> str:
-        if text:
-            del self._tokens[: self._held]
-            self._held = len(self._tokens)
-        return text
+    def _shorten(self, held: int) -> None:
+        """Keep the tokens since the last time, or the last of a long row; `held` characters of theirs are to come."""
+        kept = self._tokens[self._whole :][-_WINDOW:]
+        text = self._tokenizer.decode(kept)
+        self._tokens, self._given = kept, text[: len(text) - held]
+        self._whole = 0 if held else len(kept)
 
 
 class StopStrings:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 
 import tokenizers
 
 
 class Tokenizer:
-    """The file's tokenizer. `bos`: begin-of-text token or None; `add_bos`: prompts start with it; `eos`: end tokens.
+    """The file's tokenizer. `bos`: begin-of-text token or None; `add_bos`: prompts start with it; `eos`: end tokens, of
+    which templates know the first as `end`.
 
     Raises ValueError when `json` is not a tokenizer of the tokenizers package.
     """
@@ -25,6 +28,9 @@ class Tokenizer:
         self.bos = bos
         self.add_bos = add_bos
         self.eos = frozenset(eos)
+        self.end = eos[0] if eos else None
+        self._special = {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
+        self._secret = secrets.token_hex(16)
 
     @property
     def size(self) -> int:
@@ -34,7 +40,11 @@ class Tokenizer:
     @property
     def markers(self) -> list[str]:
         """The texts that `encode` with `special` reads as special tokens."""
-        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        return [self._tokenizer.id_to_token(token) for token in sorted(self._special)]
+
+    def has_markers(self, text: str) -> bool:
+        """Whether `encode` with `special` reads a special token in `text`, also where a normalizer makes its marker."""
+        return not self._special.isdisjoint(self.encode(text, add_bos=False, special=True))
 
     def marker(self, token: int | None) -> str:
         """The text of one special token, empty for None."""
@@ -52,6 +62,35 @@ class Tokenizer:
             self._tokenizer.encode_special_tokens = not special
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [self.bos, *ids] if add_bos and self.add_bos and self.bos is not None else ids
+
+    def encode_between(self, texts: Sequence[str], markers: Sequence[str]) -> list[int]:
+        """Token ids of `texts` with the special token of one of `markers` between each and the next; markers inside the
+        texts are plain text. As `encode` with `special` of all joined, were it not for those."""
+        joined = texts[0] + "".join(
+            f"{self._secret}{m}{self._secret}{text}" for m, text in zip(markers, texts[1:], strict=True)
+        )
+        tokenizer, real = self._renamed
+        return [real.get(token, token) for token in tokenizer.encode(joined, add_special_tokens=False).ids]
+
+    @cached_property
+    def _renamed(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """A copy of the tokenizer that knows special tokens by names that no text can hold, and their true ids."""
+        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        copy.encode_special_tokens = True
+        names: dict[str, int] = {}
+        for token, added in self._tokenizer.get_added_tokens_decoder().items():
+            if added.special:
+                name = f"{self._secret}{added.content}{self._secret}"
+                names[name] = token
+                # Not special, because those are text to the copy.
+                renamed = tokenizers.AddedToken(name, lstrip=added.lstrip, rstrip=added.rstrip, normalized=False)
+                copy.add_tokens([renamed])
+        return copy, {copy.token_to_id(name): token for name, token in names.items()}
+
+    def piece(self, token: int) -> str:
+        """The text of one token as it stands inside a text, special ones too; alone, some decoders drop its space."""
+        once, twice = (self.decode([token] * count, special=True) for count in (1, 2))
+        return twice[len(once) :]
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """Text of token ids; special tokens appear only when `special`. Incomplete UTF-8 becomes U+FFFD."""

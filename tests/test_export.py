@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, processors
 
 from export.errors import ExportError
 from export.keys import ALIGNMENT, LINEARS
@@ -128,6 +128,7 @@ def write_tokenizer(folder: Path, **tokenizer_config: object) -> Path:
     source.mkdir(exist_ok=True)
     tokenizer = Tokenizer(models.BPE(vocab={chr(97 + index): index for index in range(20)}, merges=[]))
     tokenizer.add_special_tokens([AddedToken("<s>"), AddedToken("</s>")])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 20)])
     tokenizer.save(str(source / "tokenizer.json"))
     (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"} | tokenizer_config))
     return source
@@ -298,8 +299,11 @@ def test_damage_during_writing_is_found_before_the_rename(
     [
         ({"tokenizer_config.json": {"bos_token": "<s>", "add_bos_token": False}}, (20, False, (1,))),
         ({"tokenizer_config.json": {"bos_token": None}}, (None, False, (1,))),
-        ({"tokenizer_config.json": {"bos_token": {"content": "</s>"}}}, (21, True, (1,))),
-        ({"config.json": {"bos_token_id": 3, "eos_token_id": [4, 5]}}, (3, True, (4, 5))),
+        ({"tokenizer_config.json": {"bos_token": "<s>"}}, (20, True, (1,))),
+        # tokenizer.json begins a text with <s>, and with nothing else.
+        ({"tokenizer_config.json": {"bos_token": {"content": "</s>"}}}, (21, False, (1,))),
+        ({"tokenizer_config.json": {"bos_token": "</s>", "add_bos_token": True}}, (21, True, (1,))),
+        ({"config.json": {"bos_token_id": 3, "eos_token_id": [4, 5]}}, (3, False, (4, 5))),
         (
             {"config.json": {"eos_token_id": 4}, "generation_config.json": {"eos_token_id": [6, 7]}},
             (None, False, (6, 7)),

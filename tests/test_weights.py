@@ -12,12 +12,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from benchmarks import random_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import mobiquant.calibrate as calibration  # noqa: E402
 from mobiquant import weights  # noqa: E402
 from mobiquant.cli import main  # noqa: E402
+from mobiquant.demo.train import Shape  # noqa: E402
 from mobiquant.hidden import StatesOnDisk  # noqa: E402
 from mobiquant.source import Source, open_source  # noqa: E402
 
@@ -152,6 +155,14 @@ def test_a_quantized_model_is_refused_by_its_method(
     assert error.count("\n") == 1 and not (copy / "out").exists()
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save(str(copy / "tokenizer.json"))
+    assert main(["calibrate", str(copy), "-o", str(copy / "out")]) == 1
+    assert "expected token ids below the model's vocab_size 320, found 320" in capsys.readouterr().err
+
+
 def test_a_tokenizer_model_alone_is_refused_with_the_remedy(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "tokenizer.json").rename(copy / "tokenizer.model")
     assert main(["calibrate", str(copy), "-o", str(copy / "out")]) == 1
@@ -201,6 +212,16 @@ def test_no_two_blocks_of_the_model_are_in_memory_at_once(
     calibration.calibrate(source, tmp_path / "out", tiny_text, tiny_settings, activations="disk")
     # Twice for the sensitivity, once to calibrate, once for the depths of the embedding and the head.
     assert most == [0] * (4 * source.block_count)
+
+
+def test_a_random_model_of_any_size_is_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_model, "_SHARD_BYTES", 1 << 18)
+    shape = Shape(vocab=4096, width=128, layers=9, heads=2, kv_heads=1, feed_forward=256, context=64)
+    random_model.write_model(tmp_path, random_model.Named(shape, tied=False), blocks=2)
+    source = open_source(str(tmp_path))
+    assert source.block_count == 2 and len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    assert source.block(1).mlp.down_proj.weight.std() == pytest.approx(256**-0.5, rel=0.05)
+    assert not torch.equal(source.head(), source.embedding())
 
 
 def test_hidden_states_on_disk_are_what_was_written(tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ class Conversation:
             self._limit,
             (*self._stop, *chat.stop),
             sampling=self._settings,
+            continues=False,
             keep_cache=True,  # a change of precision holds from now on, and does not compute the past again
         )
         chat.prepare()
