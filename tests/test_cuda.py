@@ -1,4 +1,6 @@
-"""The GPU gives the bits of plain C: logits, depths, hidden states, greedy tokens, over shapes that fit no tile.
+"""The GPU gives the bits of the CPU: logits, depths, hidden states, greedy tokens, over shapes that fit no tile.
+
+The CPU's are those of plain C under every kernel (test_session), so the fastest stands for it here.
 
 Needs the CUDA library (`make cuda`, or MOBIQUANT_CUDA_LIBRARY) and a GPU that it can use; skipped with the reason
 without.
@@ -6,6 +8,7 @@ without.
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from export.plan import PlannedTensor, plan_tensors
 from export.shape import ModelShape
 from export.synthetic import SyntheticSource, synthetic_vocabulary
 from export.writer import write_file
+from runtime.commands.options import add_device_options, device_option
 from runtime.commands.report import describe_machine
 from runtime.model import Model
 from runtime.native import MobiQuantError, NativeModel, NativeSession, device_info
@@ -77,7 +81,7 @@ def open_session(path: Path, device: str, **options: int) -> NativeSession:
     model = NativeModel(path, allow_partial=False, mmap=True, device=device)
     assert model.device == device
     settings = {"n_ctx": 0, "n_threads": 1, "n_batch": 512} | options
-    return NativeSession(model, kernel="scalar" if device == "cpu" else None, **settings)
+    return NativeSession(model, kernel=None, **settings)
 
 
 def set_budget(session: NativeSession, bits: float) -> None:
@@ -212,6 +216,39 @@ def test_without_the_library_everything_runs_on_the_cpu_and_says_why(tmp_path: P
     assert refused.value.status == "MQ_ERR_DEVICE"
     with pytest.raises(MobiQuantError, match="device: expected cpu, cuda or auto, found 'tpu'"):
         Model(file, device="tpu")
+
+
+def test_what_the_library_does_not_have_goes_to_the_cpu_by_name(tmp_path: Path, monkeypatch) -> None:
+    """Whether a library is there or not: it is never asked to run a model with a sliding window."""
+    write_model(tmp_path / "windows.gguf", replace(SHAPES["odd"], sliding_window=40))
+    with Model(tmp_path / "windows.gguf") as model:
+        assert (model.device, model.device_note) == (
+            "cpu",
+            "it has sliding windows, which the CUDA library does not have",
+        )
+    with Model(small_file(tmp_path), cache_type="q8_0") as model:
+        assert (model.device, model.device_note) == ("cpu", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "device"),
+    [
+        ([], "auto"),
+        (["--device", "cuda"], "cuda"),
+        (["-ngl", "0"], "cpu"),
+        (["-ngl", "99"], "cuda"),
+        (["-ngl", "0", "--device", "cpu"], "cpu"),
+    ],
+)
+def test_flags_ask_for_a_device(flags: list[str], device: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_device_options(parser)
+    assert device_option(parser.parse_args(flags)) == device
+
+
+def test_flags_that_disagree_are_refused() -> None:
+    with pytest.raises(ValueError, match="-ngl 0 is --device cpu, found --device cuda beside it"):
+        device_option(argparse.Namespace(gpu_layers=0, device="cuda"))
 
 
 def test_a_library_that_is_no_library_is_named(tmp_path: Path, monkeypatch) -> None:

@@ -48,9 +48,6 @@ static size_t most_shared(const mq_model *model)
 static const char *refuses(const mq_model *model)
 {
     int most = 0;
-    if (model->hparams.sliding_window != 0) {
-        return "it has sliding windows, which the CUDA library does not have";
-    }
     if (model->hparams.head_dim > mq::MAX_HEAD_DIM) {
         return "its heads have more than 256 dimensions";
     }

@@ -90,6 +90,16 @@ mq_status mq_device_measure_matvec(uint32_t rows, uint32_t columns, uint32_t dep
     return MQ_OK;
 }
 
+/* What the CUDA library computes: plain Llama, whose file says nothing of biases, head norms, windows and the like. */
+static const char *missing_there(const mq_model *model)
+{
+    mq_error ignored;
+    if (gguf_expect_string(&model->file, MQ_KEY_BASE_ARCHITECTURE, "llama", MQ_ERR_UNSUPPORTED, &ignored) != MQ_OK) {
+        return "its architecture is another than llama, which the CUDA library does not have";
+    }
+    return model->hparams.sliding_window != 0 ? "it has sliding windows, which the CUDA library does not have" : NULL;
+}
+
 /* Why this model does not run on the GPU, in `message`; 0 when it does. */
 static int32_t try_device(mq_model *model, mq_cuda_message *message)
 {
@@ -99,7 +109,10 @@ static int32_t try_device(mq_model *model, mq_cuda_message *message)
         return 1;
     }
     device->api = open_library(&device->facts, message);
-    const char *refused = device->api == NULL ? NULL : device->api->refuses(model);
+    const char *refused = missing_there(model);
+    if (device->api != NULL && refused == NULL) {
+        refused = device->api->refuses(model);
+    }
     if (refused != NULL) {
         (void)snprintf(message->text, sizeof message->text, "%s", refused);
     }

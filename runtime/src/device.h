@@ -5,6 +5,9 @@
 #include "cuda.h"
 #include "session.h"
 
+/* Tokens computed together there at most. */
+enum { MQ_DEVICE_BATCH = 8192 };
+
 /* What a model keeps of its device. NULL: the CPU. */
 typedef struct mq_device {
     const mq_cuda_api *api;

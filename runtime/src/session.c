@@ -169,6 +169,9 @@ static mq_status check_options(const mq_model *model, const mq_session_options *
     }
     session->n_batch = options->n_batch == 0 ? DEFAULT_BATCH : options->n_batch;
     session->n_batch = session->n_batch < session->n_ctx ? session->n_batch : session->n_ctx;
+    if (model->device != NULL && session->n_batch > MQ_DEVICE_BATCH) {
+        session->n_batch = MQ_DEVICE_BATCH;
+    }
     session->key_type = options->cache_type_k;
     session->value_type = options->cache_type_v;
     if (session->key_type > MQ_CACHE_Q8_0 || session->value_type > MQ_CACHE_Q8_0) {

@@ -20,7 +20,7 @@ struct mq_cuda_job {
 
 namespace mq {
 
-constexpr uint32_t MAX_JOBS = 3, SMALL = 16;
+constexpr uint32_t MAX_JOBS = 3;
 constexpr uint32_t LEAST_TILES = 8; // that a launch has room for, unless it ends a job
 constexpr uint32_t CODE_BYTES = MQ_TILE_ROWS * MQ_GROUP_SIZE; // of a tile as 8-bit codes
 constexpr uint32_t FRAGMENT = 512;                            // bytes of 16 rows x 32 codes: [lane][4 words]
@@ -39,7 +39,7 @@ struct sorted {
 // What a launch works on: `tiles` row tiles of each job from tile_begin on.
 struct batch {
     mq_cuda_job job[MAX_JOBS];
-    sorted tokens[MAX_JOBS];  // more than SMALL tokens have them
+    sorted tokens[MAX_JOBS];
     uint8_t *codes[MAX_JOBS]; // [tiles][groups][CODE_BYTES]
     uint32_t tile_begin[MAX_JOBS], tiles[MAX_JOBS];
     uint32_t count, n, groups;

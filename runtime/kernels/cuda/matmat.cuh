@@ -3,7 +3,6 @@
 #define MQ_CUDA_MATMAT_H
 
 #include "combine.cuh"
-#include "few_tokens.cuh"
 #include "gemm.cuh"
 #include "wide_gemm.cuh"
 
@@ -25,9 +24,6 @@ inline cudaError_t matmat(const mq_cuda_job *jobs, uint32_t count, const mq_acti
     for (uint32_t i = 0; i < count; i++) {
         b.job[i] = jobs[i];
         b.tiles[i] = jobs[i].matrix.tiles;
-    }
-    if (n <= SMALL) {
-        return n <= 8 ? launch_small<1, 1>(b, stream) : launch_small<2, 2>(b, stream);
     }
     const size_t tile_bytes = (size_t)x.groups * CODE_BYTES, lists = count * sorted_bytes(n);
     if (workspace_bytes < lists + LEAST_TILES * tile_bytes) {
