@@ -8,6 +8,7 @@
 
 #include <dlfcn.h>
 #include <inttypes.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -90,14 +91,34 @@ mq_status mq_device_measure_matvec(uint32_t rows, uint32_t columns, uint32_t dep
     return MQ_OK;
 }
 
-/* What the CUDA library computes: plain Llama, whose file says nothing of biases, head norms, windows and the like. */
+/* What the CUDA library computes is plain Llama. The first thing that a model has beyond it; NULL: nothing. */
 static const char *missing_there(const mq_model *model)
 {
-    mq_error ignored;
-    if (gguf_expect_string(&model->file, MQ_KEY_BASE_ARCHITECTURE, "llama", MQ_ERR_UNSUPPORTED, &ignored) != MQ_OK) {
-        return "its architecture is another than llama, which the CUDA library does not have";
+    const mq_hparams *hp = &model->hparams;
+    const mq_block *block = &model->blocks[0]; /* a vector is in every block or in none */
+    bool rotated = hp->rope_dim == hp->head_dim, biased = false;
+    for (uint32_t i = 0; i < hp->block_count; i++) {
+        rotated = rotated && model->blocks[i].rope == MQ_ROPE_MAIN;
     }
-    return model->hparams.sliding_window != 0 ? "it has sliding windows, which the CUDA library does not have" : NULL;
+    for (size_t i = 0; i < MQ_BIASES; i++) {
+        biased = biased || block->bias[i] != NULL;
+    }
+    const struct { bool has; const char *what; } beyond[] = {
+        {hp->sliding_window != 0, "sliding windows"},
+        {biased, "biases"},
+        {block->q_norm != NULL || block->k_norm != NULL, "norms of heads"},
+        {block->attn_post_norm != NULL || block->ffn_post_norm != NULL, "norms after attention and feed-forward"},
+        {!rotated, "heads that are rotated in part, not in every block, or by two tables"},
+        {hp->activation != MQ_ACTIVATION_SILU, "another activation than SiLU"},
+        {hp->attention_softcap != 0.0f || hp->output_softcap != 0.0f, "soft-capped scores or logits"},
+        {hp->embedding_scale != 1.0f, "a scaled embedding"},
+    };
+    for (size_t i = 0; i < sizeof beyond / sizeof beyond[0]; i++) {
+        if (beyond[i].has) {
+            return beyond[i].what;
+        }
+    }
+    return NULL;
 }
 
 /* Why this model does not run on the GPU, in `message`; 0 when it does. */
@@ -109,12 +130,15 @@ static int32_t try_device(mq_model *model, mq_cuda_message *message)
         return 1;
     }
     device->api = open_library(&device->facts, message);
-    const char *refused = missing_there(model);
-    if (device->api != NULL && refused == NULL) {
+    const char *missing = missing_there(model), *refused = NULL;
+    if (missing != NULL) {
+        (void)snprintf(message->text, sizeof message->text, "the model has %s, which the CUDA library does not compute", missing);
+        refused = missing;
+    } else if (device->api != NULL) {
         refused = device->api->refuses(model);
-    }
-    if (refused != NULL) {
-        (void)snprintf(message->text, sizeof message->text, "%s", refused);
+        if (refused != NULL) {
+            (void)snprintf(message->text, sizeof message->text, "%s", refused);
+        }
     }
     if (device->api == NULL || refused != NULL || device->api->model_open(model, &device->model, message) != 0) {
         free(device);
@@ -170,8 +194,8 @@ mq_status mq_device_session_open(mq_session *session, mq_error *error)
 {
     const mq_device *device = session->model->device;
     const mq_cuda_session_options options = {.n_ctx = session->n_ctx, .n_batch = session->n_batch,
-                                             .attention_scale = session->attention_scale, .cosine = session->cosine,
-                                             .sine = session->sine};
+                                             .attention_scale = session->model->hparams.attention_scale,
+                                             .cosine = session->cosine[0], .sine = session->sine[0]};
     mq_cuda_message message = {{0}};
     if (session->key_type != MQ_CACHE_F16 || session->value_type != MQ_CACHE_F16) {
         return mq_fail(error, MQ_ERR_UNSUPPORTED, "cache type: expected f16 on a GPU, found q8_0");
@@ -209,7 +233,6 @@ static void count_pass(mq_session *s, uint32_t position, uint32_t n, uint32_t n_
 {
     const mq_model *model = s->model;
     const mq_hparams *hp = &model->hparams;
-    const uint64_t width = hp->embedding_length * sizeof(float);
     mq_stats *stats = &s->stats;
     stats->tokens += n;
     stats->bytes_read += n * ((uint64_t)mq_matrix_bytes(&model->embedding, hp->embedding_depth) / hp->vocab_size);
@@ -225,9 +248,9 @@ static void count_pass(mq_session *s, uint32_t position, uint32_t n, uint32_t n_
         for (size_t j = 0; j < MQ_ROUTERS && s->asked_bits != 0.0f; j++) {
             stats->bytes_read += mq_router_bytes(&block->router[j], hp);
         }
-        stats->bytes_read += 2 * width;
+        stats->bytes_read += block->vector_bytes;
     }
-    stats->bytes_read += n_logits * ((uint64_t)mq_matrix_bytes(&model->output, s->output_depth) + width);
+    stats->bytes_read += n_logits * ((uint64_t)mq_matrix_bytes(&model->output, s->output_depth) + hp->embedding_length * sizeof(float));
 }
 
 static mq_status bring_budget(mq_session *session, mq_error *error)
