@@ -4,6 +4,7 @@
 #   make cuda    the library for NVIDIA GPUs, with nvcc; everything else works without it
 #   make lint    style of the Python and warnings of the C
 #   make clean   remove what was built here (not .venv)
+# Sanitizers, fuzzers, sweeps: tests/c/checks.mk
 
 PYTHON ?= python3
 CC ?= cc
@@ -83,3 +84,5 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt 'setuptools>=77' -e '.[test]'
 	@touch $@
+
+include tests/c/checks.mk

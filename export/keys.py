@@ -46,6 +46,7 @@ KEY_OUTPUT_DEPTH = "mobiquant.output.depth"
 KEY_ROUTER_HIDDEN = "mobiquant.router.hidden_size"
 KEY_ROUTER_BUDGETS = "mobiquant.router.budgets"
 KEY_STATIC_ORDER = "mobiquant.static.order"
+KEY_CHECKSUMS = "mobiquant.checksums"
 KEY_TOKENIZER = "tokenizer.huggingface.json"
 KEY_CHAT_TEMPLATE = "tokenizer.chat_template"
 KEY_BOS_TOKEN = "tokenizer.ggml.bos_token_id"
@@ -72,7 +73,8 @@ ROUTER_POINTS: dict[str, tuple[str, ...]] = {
     "ffn_down": ("ffn_down",),
 }
 LINEARS: tuple[str, ...] = tuple(name for names in ROUTER_POINTS.values() for name in names)
-ROUTER_PARTS = ("hidden", "hidden_scale", "hidden_bias", "head", "head_bias", "threshold")
+ROUTER_THRESHOLD = "threshold"
+ROUTER_PARTS = ("hidden", "hidden_scale", "hidden_bias", "head", "head_bias", ROUTER_THRESHOLD)
 
 SUFFIX_SCALE_OFFSET = "scale_offset"
 SUFFIX_BIAS = "bias"

@@ -24,10 +24,9 @@ from export.keys import (
     router_tensor,
     slice_tensor,
 )
+from export.limits import MAX_TENSOR_NAME
 from export.shape import ModelShape
 from mobiquant.packing import GROUP_SIZE, SLICE_COUNT, TILE_BYTES, TILE_ROWS, groups_of, tiles_of
-
-MAX_NAME_BYTES = 63  # GGUF readers keep names in 64 bytes with a closing 0
 
 INT8, FLOAT16, FLOAT32 = np.dtype(np.int8), np.dtype(np.float16), np.dtype(np.float32)
 
@@ -77,8 +76,8 @@ def plan_tensors(shape: ModelShape) -> list[PlannedTensor]:
 
     for tensor in plan:
         size = len(tensor.name.encode())
-        if size > MAX_NAME_BYTES:
-            raise ExportError(f"tensor {tensor.name}: expected a name of at most {MAX_NAME_BYTES} bytes, found {size}")
+        if size > MAX_TENSOR_NAME:
+            raise ExportError(f"tensor {tensor.name}: expected a name of at most {MAX_TENSOR_NAME} bytes, found {size}")
     return plan
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from export import keys
+from export import keys, limits
 from export.errors import ExportError
 from export.keys import ROUTER_POINTS
 from mobiquant.architectures import NO_SCALING, RopeScaling
@@ -52,17 +52,18 @@ class ModelShape:
     static_order: tuple[int, ...] = ()  # linears as block·7 + place in LINEARS; empty: no static budgets
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "context_length",
-            "embedding_length",
-            "block_count",
-            "feed_forward_length",
-            "head_count",
-            "head_count_kv",
-            "head_dim",
-        ):
-            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name, most in {
+            "vocab_size": limits.MAX_VOCAB_SIZE,
+            "context_length": limits.MAX_CONTEXT_LENGTH,
+            "embedding_length": limits.MAX_EMBEDDING_LENGTH,
+            "block_count": limits.MAX_BLOCK_COUNT,
+            "feed_forward_length": limits.MAX_FEED_FORWARD_LENGTH,
+            "head_count": limits.MAX_HEAD_COUNT,
+            "head_count_kv": limits.MAX_HEAD_COUNT,
+            "head_dim": limits.MAX_HEAD_DIM,
+            "router_hidden": limits.MAX_ROUTER_HIDDEN,
+        }.items():
+            _check(1 <= getattr(self, name) <= most, name, f"1 to {most}", getattr(self, name))
         shared = self.head_count % self.head_count_kv == 0
         _check(shared, "head_count", f"a multiple of {self.head_count_kv} key heads", self.head_count)
         rotated = self.rope_dim or self.head_dim

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from zlib import crc32
 
 import gguf
 import numpy as np
 from gguf import GGUFReader, GGUFValueType
 from tqdm import tqdm
 
+from export.checksums import metadata_checksum
 from export.errors import ExportError
-from export.keys import ALIGNMENT
+from export.keys import ALIGNMENT, KEY_CHECKSUMS
 from export.metadata import Field
 from export.plan import PlannedTensor
 from export.writer import TensorSource
 
 
 def verify_file(path: Path, fields: Sequence[Field], plan: Sequence[PlannedTensor], source: TensorSource) -> None:
-    """Check every field, and the order, place, type, shape and bytes of every tensor, which `source` makes anew.
+    """Check every field, the checksums, and order, place, type, shape and bytes of every tensor, made anew by `source`.
 
     Raises ExportError that names the key or tensor, the expected and the found.
     """
@@ -32,6 +34,7 @@ def verify_file(path: Path, fields: Sequence[Field], plan: Sequence[PlannedTenso
 
     end = int(reader.data_offset)  # the reader's own number has 32 bits, too few for a large file
     total = sum(tensor.nbytes for tensor in plan)
+    checksums = []
     with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", leave=False, disable=None) as progress:
         for planned, stored in zip(plan, reader.tensors, strict=True):
             _expect(path, f"tensor {planned.name}: offset", end, stored.data_offset)
@@ -39,10 +42,12 @@ def verify_file(path: Path, fields: Sequence[Field], plan: Sequence[PlannedTenso
             _expect(path, f"tensor {planned.name}: shape", planned.shape, tuple(stored.data.shape))
             # Not through the reader, which maps the file: pages that were read would stay.
             data = np.fromfile(path, np.uint8, planned.nbytes, offset=stored.data_offset)
+            checksums.append(crc32(data))
             same = np.array_equal(source.read(planned).view(np.uint8).ravel(), data)
             _expect(path, f"tensor {planned.name}: equal bytes", True, same)
             end += -(-planned.nbytes // ALIGNMENT) * ALIGNMENT
             progress.update(planned.nbytes)
+    _expect(path, "checksums", [*checksums, metadata_checksum(path)], _stored(reader, KEY_CHECKSUMS))
     _expect(path, "file size", end, path.stat().st_size)
 
 

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
+from zlib import crc32
 
 import gguf
 import numpy as np
 from tqdm import tqdm
 
+from export.checksums import fill_in_checksums, room_for_checksums
 from export.errors import ExportError
 from export.keys import ALIGNMENT, ARCHITECTURE, KEY_ALIGNMENT, KEY_ARCHITECTURE
 from export.metadata import Field
@@ -46,14 +48,18 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, fields: Sequence[Field], plan: Sequence[PlannedTensor], source: TensorSource) -> None:
-    """Write header, metadata and every tensor of `plan` to `path`. Raises OSError, or ExportError from the source."""
+    """Write header, metadata with checksums, and every tensor of `plan` to `path`.
+
+    Raises OSError, or ExportError from the source.
+    """
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_custom_alignment(ALIGNMENT)
-    for field in fields:
+    for field in (*fields, room_for_checksums(len(plan))):
         if field.key not in (KEY_ARCHITECTURE, KEY_ALIGNMENT):
             writer.add_key_value(field.key, field.value, field.type, field.item_type)
     for tensor in plan:
         writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.nbytes)
+    checksums = []
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -61,7 +67,10 @@ def write_file(path: Path, fields: Sequence[Field], plan: Sequence[PlannedTensor
         total = sum(tensor.nbytes for tensor in plan)
         with tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False, disable=None) as progress:
             for tensor in plan:
-                writer.write_tensor_data(source.read(tensor))
+                data = source.read(tensor)
+                writer.write_tensor_data(data)
+                checksums.append(crc32(np.ascontiguousarray(data)))
                 progress.update(tensor.nbytes)
     finally:
         writer.close()
+    fill_in_checksums(path, checksums)

@@ -56,6 +56,7 @@ class Model:
     Give one of the two, or neither for the highest precision in the file.
     output_bits: 2, 4, 6 or 8 for the output head, None for the file's default.
     allow_partial: accept a file cut after its last base slice. mmap: map the file instead of reading it.
+    check_tensors: read all of the file first and refuse it when a checksum or a number in it is wrong.
     seed: for completions that name none. device: "cpu"; "cuda" for the GPU; "auto" for the GPU where it can be used,
     see `device_note`, else the CPU.
 
@@ -76,6 +77,7 @@ class Model:
         output_bits: int | None = None,
         allow_partial: bool = False,
         mmap: bool = True,
+        check_tensors: bool = False,
         seed: int | None = None,
         device: str = "auto",
     ) -> None:
@@ -97,7 +99,9 @@ class Model:
             values,
         )
         device = device_for(device, options.kernel, (keys, values))
-        native = NativeModel(self.path, allow_partial=allow_partial, mmap=mmap, device=device)
+        native = NativeModel(
+            self.path, allow_partial=allow_partial, mmap=mmap, check_tensors=check_tensors, device=device
+        )
         self._open_session(native, options)
         try:
             self.budget = budget or Budget(2 * self.info.max_depth, routed=False)
@@ -187,17 +191,20 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The file's tokenizer. Raises ValueError when the file has none."""
+        """The file's tokenizer. Raises ValueError when the file has none that works."""
         json = self._native.string(KEY_TOKENIZER)
         if json is None:
             raise ValueError(f"{self.path}: key {KEY_TOKENIZER}: expected the tokenizer, found nothing")
         bos, add_bos = self._native.integers(KEY_BOS_TOKEN), self._native.integers(KEY_ADD_BOS)
-        return Tokenizer(
-            json,
-            bos=bos[0] if bos else None,
-            add_bos=bool(add_bos[0]) if add_bos else bool(bos),
-            eos=self._native.integers(KEY_EOS_TOKENS),
-        )
+        try:
+            return Tokenizer(
+                json,
+                bos=bos[0] if bos else None,
+                add_bos=bool(add_bos[0]) if add_bos else bool(bos),
+                eos=self._native.integers(KEY_EOS_TOKENS),
+            )
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
 
     @property
     def name(self) -> str:

@@ -46,6 +46,7 @@ class ModelInfo:
     output_depth: int
     router_hidden: int
     tensor_count: int
+    has_checksums: int
     file_bytes: int
     expected_bytes: int
     slice_bytes: tuple[int, int, int, int]
@@ -121,14 +122,18 @@ class DeviceBytes:
 class NativeModel:
     """An opened file: immutable, shared by any number of sessions."""
 
-    def __init__(self, path: Path, *, allow_partial: bool, mmap: bool, device: str = "cpu") -> None:
+    def __init__(
+        self, path: Path, *, allow_partial: bool, mmap: bool, check_tensors: bool = False, device: str = "cpu"
+    ) -> None:
         name = ffi.new("char[]", device.encode())
-        options = ffi.new("mq_model_options *", {"allow_partial": allow_partial, "no_mmap": not mmap, "device": name})
+        fields = {"allow_partial": allow_partial, "no_mmap": not mmap, "check_tensors": check_tensors, "device": name}
+        options = ffi.new("mq_model_options *", fields)
         handle = ffi.new("mq_model **")
         error = ffi.new("mq_error *")
         _check(lib.mq_model_open(str(path).encode(), options, handle, error), error)
         self._handle = handle[0]
         self._close = weakref.finalize(self, lib.mq_model_close, self._handle)
+        self.path = path
         self._users = 0
         self._users_lock = threading.Lock()
 
@@ -173,10 +178,22 @@ class NativeModel:
         return ModelInfo(**fields | {"slice_bytes": tuple(raw.slice_bytes)})
 
     def string(self, key: str) -> str | None:
-        """Value of a string key, None when absent."""
+        """Value of a string key, None when absent. Raises ValueError when it is not UTF-8."""
         data, size, error = ffi.new("const char **"), ffi.new("size_t *"), ffi.new("mq_error *")
         _check(lib.mq_model_string(self.handle, key.encode(), data, size, error), error)
-        return None if data[0] == ffi.NULL else bytes(ffi.buffer(data[0], size[0])).decode("utf-8")
+        if data[0] == ffi.NULL:
+            return None
+        value = bytes(ffi.buffer(data[0], size[0]))
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as wrong:
+            found = f"byte {value[wrong.start]:#04x} at {wrong.start}"
+            raise ValueError(f"{self.path}: key '{key}': expected UTF-8, found {found}") from wrong
+
+    def check(self, index: int) -> None:
+        """One tensor by the order of their names, or the metadata at info().tensor_count. Raises MobiQuantError."""
+        error = ffi.new("mq_error *")
+        _check(lib.mq_model_check(self.handle, index, error), error)
 
     def integers(self, key: str) -> tuple[int, ...]:
         """Values of a u32, bool or u32 array key, empty when absent."""

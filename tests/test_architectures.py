@@ -4,6 +4,7 @@ transformers to float32 rounding, C with the torch reference bit for bit; what i
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from export.source import checkpoint_shape  # noqa: E402
 from export.to_gguf import export_synthetic  # noqa: E402
 from mobiquant.architectures import ARCHITECTURES, UnsupportedModelError, parse_config  # noqa: E402
 from mobiquant.checkpoint import open_checkpoint  # noqa: E402
+from mobiquant.evaluation.backends import open_backend  # noqa: E402
 from mobiquant.reference import open_reference  # noqa: E402
 from runtime import MobiQuantError, Model  # noqa: E402
 from runtime.native import kernels  # noqa: E402
@@ -65,6 +67,14 @@ def test_transformers_loads_the_checkpoint_with_the_reference_s_bits(made: Made)
     second = model(ids[:, 7:], past_key_values=first.past_key_values)
     logits = np.concatenate([first.logits[0].numpy(), second.logits[0].numpy()])
     np.testing.assert_array_equal(logits, reference.logits(made.tokens[:12]))
+
+
+def test_full_precision_is_scored_text_after_text_past_its_window(made: Made) -> None:
+    """As an evaluation's reference, whose cache is cropped to what the next text begins with."""
+    other = np.concatenate([made.tokens[:3], made.tokens[:2:-1]])
+    with closing(open_backend(made.source.path)) as backend:
+        _, (logits,) = list(backend.predict(other, 1)), list(backend.predict(made.tokens, 1))
+    np.testing.assert_allclose(logits, made.expected[:-1], rtol=1e-4, atol=1e-4)
 
 
 def config_of(model_type: str, **changes: object) -> dict[str, Any]:

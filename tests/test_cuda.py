@@ -222,10 +222,8 @@ def test_what_the_library_does_not_have_goes_to_the_cpu_by_name(tmp_path: Path, 
     """Whether a library is there or not: it is never asked to run a model with a sliding window."""
     write_model(tmp_path / "windows.gguf", replace(SHAPES["odd"], sliding_window=40))
     with Model(tmp_path / "windows.gguf") as model:
-        assert (model.device, model.device_note) == (
-            "cpu",
-            "it has sliding windows, which the CUDA library does not have",
-        )
+        assert model.device == "cpu"
+        assert model.device_note == "the model has sliding windows, which the CUDA library does not compute"
     with Model(small_file(tmp_path), cache_type="q8_0") as model:
         assert (model.device, model.device_note) == ("cpu", "")
 

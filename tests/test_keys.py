@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from export import keys
+from export import keys, limits
 from mobiquant import checkpoint, packing
 
 HEADER = Path(__file__).parent.parent / "runtime" / "src" / "keys.h"
 DEFINES = dict(re.findall(r"^#define MQ_(\w+) (.+)$", HEADER.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+LIMITS = dict(
+    re.findall(r"^#define MQ_(MAX_\w+) (\d+)\b", (HEADER.parent / "file_limits.h").read_text("utf-8"), re.MULTILINE)
+)
 
 
 def c_strings(name: str) -> list[str]:
@@ -31,6 +36,12 @@ LISTS |= {"BASE_ARCHITECTURES", "ACTIVATIONS", "ROPE_SCALINGS"}
 def test_c_constant_equals_its_python_namesake(name: str) -> None:
     value = DEFINES[name]
     assert python_value(name) == (value.strip('"') if value.startswith('"') else int(value))
+
+
+def test_the_limits_of_the_loader_are_those_of_the_exporter() -> None:
+    assert {name: int(value) for name, value in LIMITS.items()} == {
+        name: value for name, value in vars(limits).items() if name.startswith("MAX_")
+    }
 
 
 def test_the_reference_computes_with_the_constants_of_the_c_definition() -> None:

@@ -75,12 +75,12 @@ class FullPrecisionBackend:
         self.n_ctx = n_ctx or config.max_position_embeddings
         # Of the weights as stored; they are computed with in float32.
         self.bits_read = float(torch.finfo(stored).bits)
-        self._cache, self._cached = DynamicCache(config=config), []
+        self._cache, self._cached = _cache(), []
 
     def set_budget(self, budget: Budget | None) -> None:
         if budget is not None:
             raise ValueError(f"{self._path}: expected a GGUF file or a checkpoint for a budget, found full precision")
-        self._cache, self._cached = DynamicCache(config=self._model.config), []
+        self._cache, self._cached = _cache(), []
 
     @torch.no_grad()
     def predict(self, tokens: np.ndarray, first: int) -> Iterator[np.ndarray]:
@@ -95,6 +95,11 @@ class FullPrecisionBackend:
 
     def close(self) -> None:
         del self._model, self._cache
+
+
+def _cache() -> DynamicCache:
+    """Of every position: made for a configuration with sliding windows, it forgets and cannot be cropped."""
+    return DynamicCache()
 
 
 def open_full_precision(path: Path | str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The commands of the device side: their registration, and `bench` and `info`.
+"""The commands of the device side: their registration, and `bench`, `info` and `verify`.
 
 Arguments in, text out; what the commands do is in the other files of this package.
 """
@@ -28,6 +28,10 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     info = subparsers.add_parser("info", help="show what this installation and a file hold")
     info.add_argument("model", type=Path, metavar="FILE", nargs="?", help="GGUF file; without it, this machine only")
     info.set_defaults(func=info_command)
+
+    verify = subparsers.add_parser("verify", help="read all of a file and say what is wrong with it")
+    verify.add_argument("model", type=Path, metavar="FILE", help="GGUF file")
+    verify.set_defaults(func=verify_command)
 
 
 def _add_bench(subparsers: argparse._SubParsersAction) -> None:
@@ -118,4 +122,24 @@ def info_command(args: argparse.Namespace) -> int:
 
     with Model(args.model, n_ctx=1, n_threads=1, n_batch=1, allow_partial=True, device="cpu") as model:
         print(describe(model))
+    return 0
+
+
+@one_line_errors
+def verify_command(args: argparse.Namespace) -> int:
+    """`mobiquant verify`: a line for everything that is wrong with a file, and exit status 1; or that nothing is."""
+    from runtime.native import NativeModel
+    from runtime.verify import findings
+
+    good = True
+    for finding in findings(args.model):
+        good = False
+        print(" ".join(finding.split()), flush=True)
+    if not good:
+        return 1
+    native = NativeModel(args.model, allow_partial=False, mmap=True)
+    info = native.info()
+    native.close()
+    checksums = "checksums equal" if info.has_checksums else "no checksums in it"
+    print(f"{args.model}: good: {info.tensor_count} tensors, {checksums}, tokenizer and chat template work")
     return 0

@@ -74,6 +74,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kernel", help="kernels to use, see `mobiquant info`; also $MOBIQUANT_KERNEL")
     add_device_options(group)
     group.add_argument("--partial", action="store_true", help="accept a file cut after its last base slice")
+    group.add_argument(
+        "--check-tensors", action="store_true", help="read all of the file first; refuse it when it is damaged"
+    )
     group.add_argument("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
 
 
@@ -132,6 +135,7 @@ def open_model(args: argparse.Namespace) -> Model:
             output_bits=args.output_bits,
             allow_partial=args.partial,
             mmap=not args.no_mmap,
+            check_tensors=args.check_tensors,
             device=device_option(args),
         )
     except MobiQuantError as error:

@@ -29,6 +29,7 @@ typedef enum mq_status {
     MQ_ERR_THREAD,       /* a thread could not be started */
     MQ_ERR_BUSY,         /* the session is in use by another thread */
     MQ_ERR_FORGOTTEN,    /* a rewind to where a sliding window has left the cache */
+    MQ_ERR_CORRUPT,      /* the bytes of a tensor are not those that were written, or no numbers of a model */
     MQ_ERR_DEVICE        /* a GPU was asked for and cannot be used, or failed */
 } mq_status;
 
@@ -43,6 +44,7 @@ typedef struct mq_session mq_session;
 typedef struct mq_model_options {
     int32_t allow_partial; /* 1: accept a file cut after its last base slice, at the depths that are complete */
     int32_t no_mmap;       /* 1: read the file into memory instead of mapping it */
+    int32_t check_tensors; /* 1: mq_model_check for all of the file, which reads every byte */
     const char *device;    /* NULL or "cpu"; "cuda": sessions run on the GPU; "auto": there if it can be used, else on the CPU */
 } mq_model_options;
 
@@ -53,6 +55,7 @@ typedef struct mq_model_info {
     uint32_t embedding_depth, output_depth; /* the file's default depths */
     uint32_t router_hidden;
     uint32_t tensor_count;
+    uint32_t has_checksums;  /* 1: the file carries checksums */
     uint64_t file_bytes;     /* bytes present */
     uint64_t expected_bytes; /* bytes of the complete file */
     uint64_t slice_bytes[4]; /* planes of slice e of the routed linears */
@@ -113,6 +116,11 @@ void mq_model_get_info(const mq_model *model, mq_model_info *info);
 mq_status mq_model_string(const mq_model *model, const char *key, const char **data, size_t *size, mq_error *error);
 /* The value of a u32 or bool key, or the first `capacity` values of a u32 array; *count is the number in the file, 0 when absent. */
 mq_status mq_model_u32(const mq_model *model, const char *key, uint32_t *values, size_t capacity, size_t *count, mq_error *error);
+
+/* Tensor `index` of tensor_count, in the order of their names, or, at tensor_count, the metadata: against the checksums of the file
+ * if it has them, and its numbers, which must be finite, with scales of at least 0 and thresholds that never rise. MQ_ERR_CORRUPT
+ * otherwise. What a cut file lacks is passed over. */
+mq_status mq_model_check(const mq_model *model, size_t index, mq_error *error);
 
 mq_status mq_session_open(const mq_model *model, const mq_session_options *options, mq_session **session, mq_error *error);
 void mq_session_close(mq_session *session);

@@ -15,8 +15,8 @@ typedef struct mq_cursor {
 mq_status mq_take(mq_cursor *at, uint64_t count, const char *what, const uint8_t **bytes);
 mq_status mq_take_u32(mq_cursor *at, const char *what, uint32_t *value);
 mq_status mq_take_u64(mq_cursor *at, const char *what, uint64_t *value);
-/* A length and so many bytes, 1 to 256; not 0-terminated. MQ_ERR_FORMAT for another length. */
-mq_status mq_take_name(mq_cursor *at, const char *what, const char **name, size_t *size);
+/* A length, 1 to `most`, and so many bytes of printable ASCII, not 0-terminated; MQ_ERR_FORMAT for anything else. */
+mq_status mq_take_name(mq_cursor *at, const char *what, size_t most, const char **name, size_t *size);
 /* The error of a file that ends before `need` more bytes. */
 mq_status mq_truncated(const mq_cursor *at, const char *what, uint64_t need);
 

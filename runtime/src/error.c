@@ -3,15 +3,48 @@
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
+
+enum { LONGEST = 8192 }; /* a path of 4,096 bytes and everything else */
+
+/* Text from a file may hold control characters, which a terminal would obey: C0, delete, and C1 in UTF-8. */
+static void make_printable(char *text)
+{
+    unsigned char before = 0;
+    for (; *text != '\0'; text++) {
+        const unsigned char byte = (unsigned char)*text;
+        if (byte < ' ' || byte == 0x7f || (before == 0xc2 && byte >= 0x80 && byte < 0xa0)) {
+            *text = '?';
+        }
+        before = byte;
+    }
+}
+
+/* Of a message that is too long the end is kept: a long path comes first, what matters last. */
+static void keep_end(mq_error *error, const char *text)
+{
+    static const char dots[] = "...";
+    const size_t size = strlen(text), most = sizeof error->message - 1;
+    if (size > most) {
+        memcpy(error->message, dots, sizeof dots - 1);
+        text += size - (most - (sizeof dots - 1));
+        memcpy(error->message + sizeof dots - 1, text, most - (sizeof dots - 1) + 1);
+    } else {
+        memcpy(error->message, text, size + 1);
+    }
+}
 
 mq_status mq_fail(mq_error *error, mq_status status, const char *format, ...)
 {
     if (error != NULL) {
+        char text[LONGEST];
         va_list arguments;
         va_start(arguments, format);
         error->status = status;
-        (void)vsnprintf(error->message, sizeof error->message, format, arguments);
+        (void)vsnprintf(text, sizeof text, format, arguments);
         va_end(arguments);
+        make_printable(text);
+        keep_end(error, text);
     }
     return status;
 }
@@ -32,6 +65,7 @@ const char *mq_status_name(mq_status status)
     case MQ_ERR_BUSY: return "MQ_ERR_BUSY";
     case MQ_ERR_DEVICE: return "MQ_ERR_DEVICE";
     case MQ_ERR_FORGOTTEN: return "MQ_ERR_FORGOTTEN";
+    case MQ_ERR_CORRUPT: return "MQ_ERR_CORRUPT";
     }
     return "unknown status";
 }

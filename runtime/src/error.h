@@ -10,8 +10,8 @@
 #define MQ_PRINTF(text, first)
 #endif
 
-/* Write the message when error is not NULL (cut at its size) and return status, so that a caller can write
- * `return mq_fail(...)`. */
+/* Write the message when error is not NULL (its end, when it is too long; control characters as ?) and return status, so that
+ * a caller can write `return mq_fail(...)`. */
 mq_status mq_fail(mq_error *error, mq_status status, const char *format, ...) MQ_PRINTF(3, 4);
 
 #endif

@@ -5,6 +5,7 @@
 #include "cursor.h"
 #include "error.h"
 #include "keys.h"
+#include "file_limits.h"
 #include "memory.h"
 
 #include <inttypes.h>
@@ -12,8 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Limits far above real files: a hostile count fails here, before any allocation. */
-enum { MAX_KEYS = 4096, MAX_TENSORS = 65536, MAX_DIMS = 4, MIN_KEY_BYTES = 13, MIN_TENSOR_BYTES = 32 };
+enum { MIN_KEY_BYTES = 13, MIN_TENSOR_BYTES = 32 }; /* of an entry in the header, so that a count can be compared with the bytes left */
 
 /* Bytes of one value of a fixed-size type; 0 for strings, arrays and unknown types. */
 static size_t value_size(uint32_t type)
@@ -22,11 +22,26 @@ static size_t value_size(uint32_t type)
     return type < sizeof sizes ? sizes[type] : 0;
 }
 
+/* `count` values of `size` bytes each. */
+static mq_status take_value_bytes(mq_cursor *at, gguf_key *key, uint64_t count, size_t size)
+{
+    const size_t remain = at->size - at->offset;
+    if (count > remain / size) {
+        return mq_fail(at->error, MQ_ERR_TRUNCATED, "%s: key '%.*s': the file ends in its value: expected %" PRIu64 " values of %zu "
+                       "bytes, found %zu bytes", at->path, (int)key->name.size, key->name.text, count, size, remain);
+    }
+    return mq_take(at, count * size, "value of a key", &key->value);
+}
+
 static mq_status take_string_value(mq_cursor *at, gguf_key *key)
 {
     mq_status status = mq_take_u64(at, "length of a string value", &key->count);
+    if (status == MQ_OK && key->count > MQ_MAX_STRING) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: key '%.*s': expected at most %d bytes in a string, found %" PRIu64, at->path,
+                       (int)key->name.size, key->name.text, MQ_MAX_STRING, key->count);
+    }
     if (status == MQ_OK) {
-        status = mq_take(at, key->count, "string value", &key->value);
+        status = take_value_bytes(at, key, key->count, 1);
     }
     return status;
 }
@@ -41,12 +56,13 @@ static mq_status take_array_value(mq_cursor *at, gguf_key *key)
     if (status != MQ_OK) {
         return status;
     }
+    if (key->count > MQ_MAX_ARRAY) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: key '%.*s': expected at most %d elements in an array, found %" PRIu64,
+                       at->path, (int)key->name.size, key->name.text, MQ_MAX_ARRAY, key->count);
+    }
     const size_t size = value_size(key->type);
     if (size != 0) {
-        if (key->count > (at->size - at->offset) / size) {
-            return mq_truncated(at, "array value", key->count);
-        }
-        return mq_take(at, key->count * size, "array value", &key->value);
+        return take_value_bytes(at, key, key->count, size);
     }
     if (key->type != GGUF_STRING) {
         return mq_fail(at->error, MQ_ERR_FORMAT, "%s: key '%.*s': expected a flat array, found elements of type %" PRIu32,
@@ -54,7 +70,7 @@ static mq_status take_array_value(mq_cursor *at, gguf_key *key)
     }
     key->value = at->data + at->offset;
     for (uint64_t i = 0; i < key->count; i++) { /* each takes 8 bytes at least, so the file bounds the loop */
-        gguf_key element = {0};
+        gguf_key element = {.name = key->name};
         status = take_string_value(at, &element);
         if (status != MQ_OK) {
             return status;
@@ -65,7 +81,7 @@ static mq_status take_array_value(mq_cursor *at, gguf_key *key)
 
 static mq_status take_key(mq_cursor *at, gguf_key *key)
 {
-    mq_status status = mq_take_name(at, "name of a key", &key->name.text, &key->name.size);
+    mq_status status = mq_take_name(at, "name of a key", MQ_MAX_KEY_NAME, &key->name.text, &key->name.size);
     if (status == MQ_OK) {
         status = mq_take_u32(at, "type of a key", &key->type);
     }
@@ -84,13 +100,13 @@ static mq_status take_key(mq_cursor *at, gguf_key *key)
         return mq_fail(at->error, MQ_ERR_FORMAT, "%s: key '%.*s': expected a value type from 0 to 12, found %" PRIu32,
                        at->path, (int)key->name.size, key->name.text, key->type);
     }
-    return mq_take(at, size, "value of a key", &key->value);
+    return take_value_bytes(at, key, 1, size);
 }
 
 static mq_status take_tensor(mq_cursor *at, gguf_tensor *tensor, uint64_t *relative_offset)
 {
     const char *path = at->path;
-    mq_status status = mq_take_name(at, "name of a tensor", &tensor->name.text, &tensor->name.size);
+    mq_status status = mq_take_name(at, "name of a tensor", MQ_MAX_TENSOR_NAME, &tensor->name.text, &tensor->name.size);
     uint32_t dims = 0;
     if (status == MQ_OK) {
         status = mq_take_u32(at, "number of dimensions", &dims);
@@ -99,12 +115,12 @@ static mq_status take_tensor(mq_cursor *at, gguf_tensor *tensor, uint64_t *relat
         return status;
     }
     const int name_size = (int)tensor->name.size;
-    if (dims < 1 || dims > MAX_DIMS) {
-        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': expected 1 to 4 dimensions, found %" PRIu32, path,
-                       name_size, tensor->name.text, dims);
+    if (dims < 1 || dims > MQ_MAX_DIMENSIONS) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': expected 1 to %d dimensions, found %" PRIu32, path,
+                       name_size, tensor->name.text, MQ_MAX_DIMENSIONS, dims);
     }
     size_t count = 1;
-    for (size_t i = 0; i < MAX_DIMS; i++) {
+    for (size_t i = 0; i < MQ_MAX_DIMENSIONS; i++) {
         tensor->shape[i] = 1;
     }
     for (size_t i = 0; i < dims; i++) { /* the file lists the fastest dimension first */
@@ -117,7 +133,7 @@ static mq_status take_tensor(mq_cursor *at, gguf_tensor *tensor, uint64_t *relat
             return mq_fail(at->error, MQ_ERR_FORMAT, "%s: tensor '%.*s': dimension %zu is %" PRIu64
                            ": the size is zero or wraps", path, name_size, tensor->name.text, i, length);
         }
-        tensor->shape[MAX_DIMS - 1 - i] = length;
+        tensor->shape[MQ_MAX_DIMENSIONS - 1 - i] = length;
     }
     status = mq_take_u32(at, "type of a tensor", &tensor->type);
     if (status == MQ_OK) {
@@ -203,6 +219,21 @@ static mq_status check_identity(const gguf_file *file, mq_error *error)
     return status;
 }
 
+/* Of entries that take at least `least` bytes each. */
+static mq_status check_count(const mq_cursor *at, const char *what, uint64_t count, uint64_t most, uint64_t least)
+{
+    const size_t remain = at->size - at->offset;
+    if (count > most) {
+        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: header claims %" PRIu64 " %s: expected at most %" PRIu64, at->path, count, what,
+                       most);
+    }
+    if (count * least > remain) {
+        return mq_fail(at->error, MQ_ERR_TRUNCATED, "%s: file ends in its header: %" PRIu64 " %s need at least %" PRIu64 " bytes, "
+                       "%zu remain", at->path, count, what, count * least, remain);
+    }
+    return MQ_OK;
+}
+
 static mq_status read_header(mq_cursor *at, uint64_t *tensor_count, uint64_t *key_count)
 {
     const char *path = at->path;
@@ -227,21 +258,14 @@ static mq_status read_header(mq_cursor *at, uint64_t *tensor_count, uint64_t *ke
     if (status != MQ_OK) {
         return status;
     }
-    const size_t remain = at->size - at->offset;
-    if (*key_count > MAX_KEYS || *key_count * MIN_KEY_BYTES > remain) {
-        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: header claims %" PRIu64 " keys: expected at most %d that fit in the "
-                       "%zu bytes left", path, *key_count, MAX_KEYS, remain);
-    }
-    if (*tensor_count > MAX_TENSORS || *tensor_count * MIN_TENSOR_BYTES > remain) {
-        return mq_fail(at->error, MQ_ERR_FORMAT, "%s: header claims %" PRIu64 " tensors: expected at most %d that fit in the "
-                       "%zu bytes left", path, *tensor_count, MAX_TENSORS, remain);
-    }
-    return MQ_OK;
+    status = check_count(at, "keys", *key_count, MQ_MAX_KEYS, MIN_KEY_BYTES);
+    return status == MQ_OK ? check_count(at, "tensors", *tensor_count, MQ_MAX_TENSORS, MIN_TENSOR_BYTES) : status;
 }
 
 static mq_status read_tensors(mq_cursor *at, gguf_file *file, int32_t allow_partial, uint64_t *relative_offsets)
 {
     for (size_t i = 0; i < file->tensor_count; i++) {
+        file->tensors[i].index = (uint32_t)i;
         const mq_status status = take_tensor(at, &file->tensors[i], &relative_offsets[i]);
         if (status != MQ_OK) {
             return status;
@@ -252,6 +276,7 @@ static mq_status read_tensors(mq_cursor *at, gguf_file *file, int32_t allow_part
         return mq_truncated(at, "tensor data", 1);
     }
     data_start -= data_start % MQ_ALIGNMENT;
+    file->data_start = data_start;
     size_t end = data_start;
     for (size_t i = 0; i < file->tensor_count; i++) {
         const mq_status status = place_tensor(at, file, &file->tensors[i], relative_offsets[i], data_start, allow_partial, &end);

@@ -3,6 +3,7 @@
 #ifndef MQ_GGUF_H
 #define MQ_GGUF_H
 
+#include "file_limits.h"
 #include "mobiquant.h"
 
 /* Value types and tensor types, numbers from the GGUF specification. */
@@ -25,7 +26,8 @@ typedef struct gguf_key {
 typedef struct gguf_tensor {
     gguf_name name;    /* first, for sorting */
     uint32_t type;
-    uint64_t shape[4]; /* numpy order, leading 1s */
+    uint32_t index;    /* place in the file: 0 for the first */
+    uint64_t shape[MQ_MAX_DIMENSIONS]; /* numpy order, leading 1s */
     size_t offset, size; /* bytes, from the start of the file */
     int32_t present;   /* 0: the file ends before this tensor does */
 } gguf_tensor;
@@ -35,6 +37,7 @@ typedef struct gguf_file {
     const uint8_t *data;
     size_t size;           /* bytes present */
     size_t expected_size;  /* bytes of the complete file */
+    size_t data_start;     /* where the first tensor lies: header and metadata before */
     gguf_key *keys;        /* sorted by name */
     size_t key_count;
     gguf_tensor *tensors;  /* sorted by name */

@@ -1,7 +1,6 @@
-/* hparams.c: one table of limits; nothing is allocated from a number that is not in it. */
+/* hparams.c: the table of hyper-parameters with the limits of file_limits.h; nothing is allocated from a number that is not in it. */
 #include "hparams.h"
 
-#include "cache.h"
 #include "error.h"
 #include "keys.h"
 
@@ -18,13 +17,13 @@ typedef struct limit {
 #define FIELD(name) offsetof(mq_hparams, name)
 
 static const limit LIMITS[] = {
-    {MQ_KEY_VOCAB_SIZE, FIELD(vocab_size), 1, 1u << 20},
-    {MQ_KEY_CONTEXT_LENGTH, FIELD(context_length), 1, 1u << 20},
-    {MQ_KEY_EMBEDDING_LENGTH, FIELD(embedding_length), 1, 1u << 16},
-    {MQ_KEY_BLOCK_COUNT, FIELD(block_count), 1, 1024},
-    {MQ_KEY_FEED_FORWARD_LENGTH, FIELD(feed_forward_length), 1, 1u << 18},
-    {MQ_KEY_HEAD_COUNT, FIELD(head_count), 1, 1024},
-    {MQ_KEY_HEAD_COUNT_KV, FIELD(head_count_kv), 1, 1024},
+    {MQ_KEY_VOCAB_SIZE, FIELD(vocab_size), 1, MQ_MAX_VOCAB_SIZE},
+    {MQ_KEY_CONTEXT_LENGTH, FIELD(context_length), 1, MQ_MAX_CONTEXT_LENGTH},
+    {MQ_KEY_EMBEDDING_LENGTH, FIELD(embedding_length), 1, MQ_MAX_EMBEDDING_LENGTH},
+    {MQ_KEY_BLOCK_COUNT, FIELD(block_count), 1, MQ_MAX_BLOCK_COUNT},
+    {MQ_KEY_FEED_FORWARD_LENGTH, FIELD(feed_forward_length), 1, MQ_MAX_FEED_FORWARD_LENGTH},
+    {MQ_KEY_HEAD_COUNT, FIELD(head_count), 1, MQ_MAX_HEAD_COUNT},
+    {MQ_KEY_HEAD_COUNT_KV, FIELD(head_count_kv), 1, MQ_MAX_HEAD_COUNT},
     {MQ_KEY_HEAD_DIM, FIELD(head_dim), 1, MQ_MAX_HEAD_DIM},
     {MQ_KEY_EMBEDDING_DEPTH, FIELD(embedding_depth), 1, MQ_SLICE_COUNT},
     {MQ_KEY_OUTPUT_DEPTH, FIELD(output_depth), 1, MQ_SLICE_COUNT},

@@ -3,8 +3,7 @@
 #define MQ_HPARAMS_H
 
 #include "gguf.h"
-
-enum { MQ_MAX_BUDGETS = 256, MQ_MAX_ROUTER_HIDDEN = 16 };
+#include "file_limits.h"
 
 /* Which rotary table a block uses: values of mobiquant.rope.pattern. */
 enum { MQ_ROPE_NONE, MQ_ROPE_MAIN, MQ_ROPE_LOCAL, MQ_ROPES = MQ_ROPE_LOCAL };

@@ -10,6 +10,8 @@
 
 #include "definition.h"
 
+#include "file_limits.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -89,7 +91,6 @@ const mq_kernels *mq_kernels_at(size_t index);
 const mq_kernels *mq_kernels_find(const char *name);
 /* cffi: end */
 
-enum { MQ_MAX_HEAD_DIM = 1024 };
 
 /* Floats of one query's part: whole registers, then one more that starts with MQ_PART_TOTAL and MQ_PART_LARGEST. */
 enum { MQ_PART_TOTAL = 0, MQ_PART_LARGEST = 1, MQ_PART_TAIL = 16 };

@@ -49,6 +49,7 @@
 #define MQ_KEY_ROUTER_HIDDEN "mobiquant.router.hidden_size"
 #define MQ_KEY_ROUTER_BUDGETS "mobiquant.router.budgets"
 #define MQ_KEY_STATIC_ORDER "mobiquant.static.order"
+#define MQ_KEY_CHECKSUMS "mobiquant.checksums"
 
 #define MQ_TENSOR_EMBEDDING "token_embd"
 #define MQ_TENSOR_OUTPUT "output"
@@ -62,6 +63,7 @@
 #define MQ_TENSOR_Q_NORM "attn_q_norm.weight"
 #define MQ_TENSOR_K_NORM "attn_k_norm.weight"
 #define MQ_SUFFIX_SCALE_OFFSET "scale_offset"
+#define MQ_ROUTER_THRESHOLD "threshold"
 #define MQ_SUFFIX_BIAS "bias"
 
 /* Whose forward pass the flags of the file may describe: a file of another one may need a flag that is not known here. */

@@ -1,6 +1,7 @@
 /* model.c: binding the tensors of a file to the model: each must be there once, with its exact type and shape. */
 #include "model.h"
 
+#include "check.h"
 #include "device.h"
 #include "error.h"
 #include "memory.h"
@@ -109,7 +110,7 @@ static mq_status bind_router(binder *b, uint32_t block, size_t point, uint32_t c
         {"hidden_bias", GGML_F32, {1, 1, 1, hp->router_hidden}},
         {"head", GGML_F32, {1, router->linears, gates, hp->router_hidden + 1}},
         {"head_bias", GGML_F32, {1, 1, router->linears, gates}},
-        {"threshold", GGML_F32, {1, router->linears, gates, hp->budget_count}},
+        {MQ_ROUTER_THRESHOLD, GGML_F32, {1, router->linears, gates, hp->budget_count}},
     };
     enum { PARTS = sizeof parts / sizeof parts[0] };
     const void *found[PARTS] = {NULL};
@@ -243,6 +244,7 @@ static void fill_info(mq_model *model)
     info->output_depth = hp->output_depth;
     info->router_hidden = hp->router_hidden;
     info->tensor_count = (uint32_t)model->file.tensor_count;
+    info->has_checksums = model->checksums != NULL;
     info->file_bytes = model->file.size;
     info->expected_bytes = model->file.expected_size;
     info->embedding_bytes = mq_matrix_bytes(&model->embedding, MQ_SLICE_COUNT);
@@ -274,8 +276,20 @@ size_t mq_matrix_bytes(const mq_matrix *matrix, uint32_t depth)
 
 mq_status mq_model_open(const char *path, const mq_model_options *options, mq_model **out, mq_error *error)
 {
+    if (path == NULL || out == NULL) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "model: expected a path and a place for the handle, found NULL");
+    }
     const mq_model_options plain = {0};
     options = options == NULL ? &plain : options;
+    *out = NULL;
+    mq_mapping mapping;
+    const mq_status status = mq_mapping_open(path, options->no_mmap, &mapping, error);
+    return status == MQ_OK ? mq_model_open_mapping(path, mapping, options, out, error) : status;
+}
+
+mq_status mq_model_open_mapping(const char *path, mq_mapping mapping, const mq_model_options *options, mq_model **out,
+                                mq_error *error)
+{
     *out = NULL;
     mq_model *model = mq_alloc(1, sizeof *model);
     const size_t path_size = strlen(path) + 1;
@@ -283,14 +297,13 @@ mq_status mq_model_open(const char *path, const mq_model_options *options, mq_mo
         model->path = mq_alloc(path_size, 1);
     }
     if (model == NULL || model->path == NULL) {
+        mq_mapping_close(&mapping);
         mq_model_close(model);
         return mq_fail(error, MQ_ERR_MEMORY, "%s: cannot allocate the model", path);
     }
     memcpy(model->path, path, path_size);
-    mq_status status = mq_mapping_open(model->path, options->no_mmap, &model->mapping, error);
-    if (status == MQ_OK) {
-        status = gguf_open(model->path, model->mapping.data, model->mapping.size, options->allow_partial, &model->file, error);
-    }
+    model->mapping = mapping;
+    mq_status status = gguf_open(model->path, mapping.data, mapping.size, options->allow_partial, &model->file, error);
     if (status == MQ_OK) {
         status = mq_hparams_read(&model->file, &model->hparams, error);
     }
@@ -306,6 +319,12 @@ mq_status mq_model_open(const char *path, const mq_model_options *options, mq_mo
     if (status == MQ_OK) {
         binder b = {model, error, 0};
         status = bind_all(&b);
+    }
+    if (status == MQ_OK) {
+        status = mq_checksums_find(&model->file, &model->checksums, error);
+    }
+    if (status == MQ_OK && options->check_tensors) {
+        status = mq_check_all(model, error);
     }
     if (status != MQ_OK) {
         mq_model_close(model);

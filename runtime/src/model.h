@@ -41,11 +41,16 @@ struct mq_model {
     mq_matrix embedding, output; /* output is the embedding when tied */
     const float *output_norm;
     const float *inv_freq[MQ_ROPES]; /* [rope_dim / 2], of MQ_ROPE_MAIN and _LOCAL; NULL: no block uses it */
+    const uint8_t *checksums; /* u32 [tensor_count + 1] in the file, unaligned (check.h); NULL: it has none */
     uint32_t *static_order; /* [3·7·block_count] (static_order.h); NULL: the file has none */
     mq_model_info info;
     struct mq_device *device;   /* NULL: the CPU (device.h) */
     char device_note[512];      /* why not the GPU, or "" */
 };
+
+/* As mq_model_open on bytes that are in memory already; takes over `mapping`, also when it fails. `path` is for messages. */
+mq_status mq_model_open_mapping(const char *path, mq_mapping mapping, const mq_model_options *options, mq_model **model,
+                                mq_error *error);
 
 /* Bytes of the file that a token reads in one linear at `depth`: planes, scales and offsets. */
 size_t mq_matrix_bytes(const mq_matrix *matrix, uint32_t depth);

@@ -179,6 +179,9 @@ static mq_status check_options(const mq_model *model, const mq_session_options *
 
 mq_status mq_session_open(const mq_model *model, const mq_session_options *options, mq_session **out, mq_error *error)
 {
+    if (model == NULL || out == NULL) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "session: expected a model and a place for the handle, found NULL");
+    }
     const mq_session_options plain = {0};
     options = options == NULL ? &plain : options;
     *out = NULL;
@@ -275,8 +278,12 @@ mq_status mq_session_set_output_depth(mq_session *session, uint32_t depth, mq_er
     return status;
 }
 
-static mq_status check_tokens(const mq_session *session, const int32_t *tokens, size_t n, size_t n_logits, mq_error *error)
+static mq_status check_tokens(const mq_session *session, const int32_t *tokens, size_t n, const float *output, size_t n_logits,
+                              mq_error *error)
 {
+    if ((n > 0 && tokens == NULL) || (n_logits > 0 && output == NULL)) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "expected %zu tokens and room for %zu rows of output, found NULL", n, n_logits);
+    }
     const uint32_t vocab = session->model->hparams.vocab_size;
     if (n > session->n_ctx - session->position) {
         return mq_fail(error, MQ_ERR_CONTEXT_FULL, "%zu tokens do not fit: %" PRIu32 " of %" PRIu32 " positions are left", n,
@@ -317,7 +324,7 @@ static mq_status evaluate(mq_session *session, const int32_t *tokens, size_t n, 
     const mq_hparams *hp = &session->model->hparams;
     const size_t row = hidden ? hp->embedding_length : hp->vocab_size;
     const uint32_t before = session->position;
-    status = check_tokens(session, tokens, n, n_output, error);
+    status = check_tokens(session, tokens, n, output, n_output, error);
     for (size_t done = 0; done < n && status == MQ_OK;) {
         const size_t left = n - done;
         const uint32_t count = mq_budget_begin(session, left < session->n_batch ? (uint32_t)left : session->n_batch);
@@ -386,7 +393,10 @@ mq_status mq_session_greedy(mq_session *session, int32_t token, size_t n, int32_
     }
     const uint32_t before = session->position;
     float *logits = NULL, total = 0.0f;
-    status = check_tokens(session, &token, n < 1 ? n : 1, 0, error);
+    status = check_tokens(session, &token, n < 1 ? n : 1, NULL, 0, error);
+    if (status == MQ_OK && n > 0 && chosen == NULL) {
+        status = mq_fail(error, MQ_ERR_ARGUMENT, "expected room for %zu tokens, found NULL", n);
+    }
     if (status == MQ_OK && n > session->n_ctx - session->position) {
         status = mq_fail(error, MQ_ERR_CONTEXT_FULL, "%zu tokens do not fit: %" PRIu32 " of %" PRIu32 " positions are left", n,
                          session->n_ctx - session->position, session->n_ctx);

@@ -139,9 +139,9 @@ mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, 
         return status;
     }
     const size_t needed = mq_session_state_size(session);
-    if (size < needed) {
+    if (size < needed || data == NULL) {
         mq_session_release(session);
-        return mq_fail(error, MQ_ERR_ARGUMENT, "state: expected room for %zu bytes, found %zu", needed, size);
+        return mq_fail(error, MQ_ERR_ARGUMENT, "state: expected room for %zu bytes, found %zu", needed, data == NULL ? 0 : size);
     }
     uint8_t *at = data + sizeof(state_header);
     memcpy(at, session->asked_at, asked_size(session->position));
@@ -173,6 +173,9 @@ static const char *type_name(uint32_t type)
 
 static mq_status check_header(const mq_session *session, const uint8_t *data, size_t size, state_header *header, mq_error *error)
 {
+    if (data == NULL) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "state: expected the bytes of a saved session, found NULL");
+    }
     if (size < sizeof *header) {
         return mq_fail(error, MQ_ERR_FORMAT, "state: expected at least %zu bytes, found %zu", sizeof *header, size);
     }
