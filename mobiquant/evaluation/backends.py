@@ -48,14 +48,17 @@ class Backend(Protocol):
 
 
 class RuntimeBackend:
-    """A GGUF file in the C runtime. n_ctx: 0 for the file's own. n_threads: None for one per physical core."""
+    """A GGUF file in the C runtime. n_ctx: 0 for the file's own. n_threads: None for one per physical core. cache_type:
+    of keys, of values, as Model takes it."""
 
     kind = "gguf"
 
-    def __init__(self, path: Path, *, n_ctx: int = 0, n_threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, n_ctx: int = 0, n_threads: int | None = None, cache_type: tuple[str, str] = ("f16", "f16")
+    ) -> None:
         from runtime.model import Model
 
-        self._model = Model(path, n_ctx=n_ctx, n_threads=n_threads)
+        self._model = Model(path, n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type)
         self._highest = self._model.budget
         info = self._model.info
         self.tokenizer = self._model.tokenizer
@@ -81,14 +84,22 @@ class RuntimeBackend:
         self._model.close()
 
 
-def open_backend(path: Path, *, device: str = "cpu", n_ctx: int = 0, n_threads: int | None = None) -> Backend:
+def open_backend(
+    path: Path,
+    *,
+    device: str = "cpu",
+    n_ctx: int = 0,
+    n_threads: int | None = None,
+    cache_type: tuple[str, str] = ("f16", "f16"),
+) -> Backend:
     """Open a GGUF file, a checkpoint folder or a full-precision folder.
 
-    device: where torch runs a folder. n_ctx: tokens of context, 0 for the model's own. n_threads: of the C runtime.
+    device: where torch runs a folder. n_ctx: tokens of context, 0 for the model's own. n_threads, cache_type: of the C
+    runtime; a folder ignores them.
     Raises ValueError, OSError or MobiQuantError when it cannot be opened, ImportError when torch is needed and missing.
     """
     if not path.is_dir():
-        return RuntimeBackend(path, n_ctx=n_ctx, n_threads=n_threads)
+        return RuntimeBackend(path, n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type)
     try:
         from mobiquant.evaluation.torch_backends import open_folder
     except ImportError as error:

@@ -78,10 +78,10 @@ class Float16Model:
             parts = linear(x, qkv)
             heads = parts[:, :q]
             if attention:
-                # With a dimension for the batch torch takes its fast kernel, without one its slow one.
-                split = [part.view(1, n, -1, dim).transpose(1, 2) for part in parts.split((q, kv, kv), dim=1)]
+                # With a dimension of batches, without which torch takes a slow way.
+                split = [part.view(n, -1, dim).transpose(0, 1)[None] for part in parts.split((q, kv, kv), dim=1)]
                 heads = torch.nn.functional.scaled_dot_product_attention(*split, is_causal=True, enable_gqa=True)
-                heads = heads.transpose(1, 2).reshape(n, q)
+                heads = heads[0].transpose(0, 1).reshape(n, q)
             x = x + linear(heads, out)
             gate, up = linear(x, gate_up).chunk(2, dim=1)
             x = x + linear(torch.nn.functional.silu(gate) * up, down)

@@ -64,10 +64,10 @@ def heads_that_share_no_key_heads(parts: Parts, random: np.random.Generator) -> 
 
 
 @malformed(FORMAT)
-def odd_head_dimension(parts: Parts, random: np.random.Generator) -> str:
+def odd_rotated_dimensions(parts: Parts, random: np.random.Generator) -> str:
     value = int(random.choice([3, 31, 33, 1023]))
-    parts.key("mobiquant.attention.key_length").value = u32(value)
-    return f"key 'mobiquant.attention.key_length': expected an even number .*found {value}"
+    parts.key("mobiquant.rope.dimension_count").value = u32(value)
+    return f"key 'mobiquant.rope.dimension_count': expected an even number .*found {value}"
 
 
 @malformed(FORMAT)
