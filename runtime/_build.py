@@ -52,7 +52,7 @@ def build() -> FFI:
         define_macros=[("MQ_VERSION", f'"{version()}"')],
         extra_compile_args=COMPILE_FLAGS + warnings,
         extra_link_args=["-pthread"],
-        libraries=["m"],
+        libraries=["m", "dl"],
         py_limited_api=True,
     )
     return ffi

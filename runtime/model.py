@@ -27,7 +27,7 @@ from runtime.completion import create_chat_completion, create_completion
 from runtime.cpu import physical_cores
 from runtime.errors import MobiQuantError
 from runtime.generation import LogitsProcessor
-from runtime.native import CACHE_TYPES, ModelInfo, NativeModel, NativeSession, Stats
+from runtime.native import CACHE_TYPES, ModelInfo, NativeModel, NativeSession, Stats, device_for
 from runtime.sampling import Sampler, SamplingSettings
 from runtime.state import SavedSession
 from runtime.tokens import Tokenizer
@@ -59,7 +59,8 @@ class Model:
     output_bits: 2, 4, 6 or 8 for the output head, None for the file's default.
     allow_partial: accept a file cut after its last base slice. mmap: map the file instead of reading it.
     check_tensors: read all of the file first and refuse it when a checksum or a number in it is wrong.
-    seed: for completions that name none.
+    seed: for completions that name none. device: "cpu"; "cuda" for the GPU; "auto" for the GPU where it can be used,
+    see `device_note`, else the CPU.
 
     Raises MobiQuantError when the file or an option is refused, ValueError for a bad argument.
     """
@@ -80,6 +81,7 @@ class Model:
         mmap: bool = True,
         check_tensors: bool = False,
         seed: int | None = None,
+        device: str = "auto",
     ) -> None:
         if n_batch < 1:
             raise ValueError(f"n_batch: expected at least 1, found {n_batch}")
@@ -98,7 +100,10 @@ class Model:
             keys,
             values,
         )
-        native = NativeModel(self.path, allow_partial=allow_partial, mmap=mmap, check_tensors=check_tensors)
+        device = device_for(device, options.kernel, (keys, values))
+        native = NativeModel(
+            self.path, allow_partial=allow_partial, mmap=mmap, check_tensors=check_tensors, device=device
+        )
         self._open_session(native, options)
         try:
             self.budget = budget or Budget(2 * self.info.max_depth, routed=False)
@@ -228,6 +233,16 @@ class Model:
     def kernel(self) -> str:
         """Name of the kernels in use."""
         return self._session.kernel
+
+    @property
+    def device(self) -> str:
+        """Where it runs: "cpu" or "cuda"."""
+        return self._native.device
+
+    @property
+    def device_note(self) -> str:
+        """The GPU's name; on the CPU, what stood in the way of the GPU under device="auto"."""
+        return self._native.device_note
 
     @property
     def n_ctx(self) -> int:
