@@ -23,10 +23,20 @@ KEY_HEAD_COUNT = "mobiquant.attention.head_count"
 KEY_HEAD_COUNT_KV = "mobiquant.attention.head_count_kv"
 KEY_HEAD_DIM = "mobiquant.attention.key_length"
 KEY_RMS_EPSILON = "mobiquant.attention.layer_norm_rms_epsilon"
+KEY_ATTENTION_SCALE = "mobiquant.attention.scale"
+KEY_ATTENTION_SOFTCAP = "mobiquant.attn_logit_softcapping"
+KEY_OUTPUT_SOFTCAP = "mobiquant.final_logit_softcapping"
 KEY_SLIDING_WINDOW = "mobiquant.attention.sliding_window"
 KEY_SLIDING_WINDOW_PATTERN = "mobiquant.attention.sliding_window_pattern"
 KEY_ROPE_FREQ_BASE = "mobiquant.rope.freq_base"
 KEY_ROPE_DIMENSION = "mobiquant.rope.dimension_count"
+KEY_ROPE_PATTERN = "mobiquant.rope.pattern"
+KEY_ROPE_SCALING = "mobiquant.rope.scaling.type"
+KEY_ROPE_FACTOR = "mobiquant.rope.scaling.factor"
+KEY_ROPE_ORIGINAL = "mobiquant.rope.scaling.original_context_length"
+KEY_ROPE_ATTENTION = "mobiquant.rope.scaling.attn_factor"
+KEY_ACTIVATION = "mobiquant.hidden_activation"
+KEY_EMBEDDING_SCALE = "mobiquant.embedding_scale"
 KEY_SLICE_COUNT = "mobiquant.slice.count"
 KEY_SLICE_BITS = "mobiquant.slice.bits"
 KEY_GROUP_SIZE = "mobiquant.slice.group_size"
@@ -47,8 +57,13 @@ TENSOR_EMBEDDING = "token_embd"
 TENSOR_OUTPUT = "output"
 TENSOR_OUTPUT_NORM = "output_norm.weight"
 TENSOR_ROPE = "rope_inv_freq"
+TENSOR_ROPE_LOCAL = "rope_inv_freq_swa"
 TENSOR_ATTN_NORM = "attn_norm.weight"
 TENSOR_FFN_NORM = "ffn_norm.weight"
+TENSOR_ATTN_POST_NORM = "post_attention_norm.weight"
+TENSOR_FFN_POST_NORM = "post_ffw_norm.weight"
+TENSOR_Q_NORM = "attn_q_norm.weight"
+TENSOR_K_NORM = "attn_k_norm.weight"
 
 # A router serves the linears that read one input; the order is that of the `depths` the runtime reports.
 ROUTER_POINTS: dict[str, tuple[str, ...]] = {
@@ -62,6 +77,12 @@ ROUTER_THRESHOLD = "threshold"
 ROUTER_PARTS = ("hidden", "hidden_scale", "hidden_bias", "head", "head_bias", ROUTER_THRESHOLD)
 
 SUFFIX_SCALE_OFFSET = "scale_offset"
+SUFFIX_BIAS = "bias"
+
+# Of the models that a file may hold (mobiquant.architectures), and of the gate's activation.
+BASE_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "gemma2", "gemma3")
+ACTIVATIONS = ("silu", "gelu_tanh")
+ROPE_SCALINGS = ("none", "linear", "dynamic", "llama3", "yarn")
 
 
 def block_tensor(block: int, name: str) -> str:

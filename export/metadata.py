@@ -40,7 +40,8 @@ def metadata_fields(name: str, shape: ModelShape, vocabulary: Vocabulary) -> lis
         _u32(keys.KEY_HEAD_DIM, shape.head_dim),
         _f32(keys.KEY_RMS_EPSILON, shape.rms_epsilon),
         _f32(keys.KEY_ROPE_FREQ_BASE, shape.rope_freq_base),
-        _u32(keys.KEY_ROPE_DIMENSION, shape.head_dim),
+        _u32(keys.KEY_ROPE_DIMENSION, shape.rope_dim or shape.head_dim),
+        *_flags(shape),
         _u32(keys.KEY_SLICE_COUNT, SLICE_COUNT),
         _u32(keys.KEY_SLICE_BITS, SLICE_BITS),
         _u32(keys.KEY_GROUP_SIZE, GROUP_SIZE),
@@ -49,7 +50,6 @@ def metadata_fields(name: str, shape: ModelShape, vocabulary: Vocabulary) -> lis
         _u32(keys.KEY_OUTPUT_DEPTH, shape.output_depth),
         _u32(keys.KEY_ROUTER_HIDDEN, shape.router_hidden),
         Field(keys.KEY_ROUTER_BUDGETS, list(shape.budgets), GGUFValueType.ARRAY, GGUFValueType.FLOAT32),
-        *_sliding_window(shape),
         *_static_order(shape),
         _string(keys.KEY_TOKENIZER, vocabulary.tokenizer_json),
     ]
@@ -64,11 +64,34 @@ def metadata_fields(name: str, shape: ModelShape, vocabulary: Vocabulary) -> lis
     return fields
 
 
-def _sliding_window(shape: ModelShape) -> list[Field]:
-    fields = [_u32(keys.KEY_SLIDING_WINDOW, shape.sliding_window)] if shape.sliding_window else []
-    if shape.sliding_window_pattern:
-        pattern = list(shape.sliding_window_pattern)
-        fields.append(Field(keys.KEY_SLIDING_WINDOW_PATTERN, pattern, GGUFValueType.ARRAY, GGUFValueType.UINT32))
+def _flags(shape: ModelShape) -> list[Field]:
+    """How the model differs from plain Llama."""
+    fields = []
+    for key, value in (
+        (keys.KEY_ATTENTION_SCALE, shape.attention_scale),
+        (keys.KEY_ATTENTION_SOFTCAP, shape.attention_softcap or None),
+        (keys.KEY_OUTPUT_SOFTCAP, shape.output_softcap or None),
+        (keys.KEY_EMBEDDING_SCALE, None if shape.embedding_scale == 1 else shape.embedding_scale),
+    ):
+        if value is not None:
+            fields.append(_f32(key, value))
+    scaling = shape.rope_scaling
+    if scaling.kind != "default":
+        fields.append(_string(keys.KEY_ROPE_SCALING, scaling.kind))
+    if scaling.kind == "dynamic":
+        fields += [_f32(keys.KEY_ROPE_FACTOR, scaling.factor), _u32(keys.KEY_ROPE_ORIGINAL, scaling.original)]
+    if scaling.attention != 1:
+        fields.append(_f32(keys.KEY_ROPE_ATTENTION, scaling.attention))
+    if shape.activation != "silu":
+        fields.append(_string(keys.KEY_ACTIVATION, shape.activation))
+    if shape.sliding_window:
+        fields.append(_u32(keys.KEY_SLIDING_WINDOW, shape.sliding_window))
+    for key, pattern in (
+        (keys.KEY_SLIDING_WINDOW_PATTERN, shape.sliding_window_pattern),
+        (keys.KEY_ROPE_PATTERN, shape.rope_pattern),
+    ):
+        if pattern:
+            fields.append(Field(key, list(pattern), GGUFValueType.ARRAY, GGUFValueType.UINT32))
     return fields
 
 

@@ -15,12 +15,11 @@ from export.keys import (
     LINEARS,
     ROUTER_POINTS,
     SUFFIX_SCALE_OFFSET,
-    TENSOR_ATTN_NORM,
     TENSOR_EMBEDDING,
-    TENSOR_FFN_NORM,
     TENSOR_OUTPUT,
     TENSOR_OUTPUT_NORM,
     TENSOR_ROPE,
+    TENSOR_ROPE_LOCAL,
     block_tensor,
     router_tensor,
     slice_tensor,
@@ -83,16 +82,17 @@ def plan_tensors(shape: ModelShape) -> list[PlannedTensor]:
 
 
 def _vectors(shape: ModelShape) -> list[PlannedTensor]:
-    width = (shape.embedding_length,)
-    norms = [
-        PlannedTensor(block_tensor(block, name), FLOAT32, width, name, block=block)
+    of_blocks = [
+        PlannedTensor(block_tensor(block, name), FLOAT32, (length,), name, block=block)
         for block in range(shape.block_count)
-        for name in (TENSOR_ATTN_NORM, TENSOR_FFN_NORM)
+        for name, length in shape.block_vectors().items()
     ]
+    tables = (TENSOR_ROPE, TENSOR_ROPE_LOCAL) if 2 in shape.rope_pattern else (TENSOR_ROPE,)
+    frequencies = ((shape.rope_dim or shape.head_dim) // 2,)
     return [
-        *norms,
-        PlannedTensor(TENSOR_OUTPUT_NORM, FLOAT32, width, TENSOR_OUTPUT_NORM),
-        PlannedTensor(TENSOR_ROPE, FLOAT32, (shape.head_dim // 2,), TENSOR_ROPE),
+        *of_blocks,
+        PlannedTensor(TENSOR_OUTPUT_NORM, FLOAT32, (shape.embedding_length,), TENSOR_OUTPUT_NORM),
+        *(PlannedTensor(name, FLOAT32, frequencies, name) for name in tables),
     ]
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from export import limits
+from export import keys, limits
 from export.errors import ExportError
 from export.keys import ROUTER_POINTS
+from mobiquant.architectures import NO_SCALING, RopeScaling
 from mobiquant.packing import SLICE_COUNT
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Llama-like model and of its routers. Raises ExportError for a size the format does not allow."""
+    """Sizes and flags of a model (docs/format.md, The forward pass) and of its routers; flags that are left out are
+    Llama's.
+
+    Raises ExportError for a size the format does not allow.
+    """
 
     vocab_size: int
     context_length: int
@@ -30,8 +35,20 @@ class ModelShape:
     embedding_depth: int = SLICE_COUNT
     output_depth: int = SLICE_COUNT
     base_architecture: str = "llama"
+    attention_scale: float | None = None  # None: 1 / √head_dim
+    attention_softcap: float = 0.0  # 0: none
+    output_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    activation: str = "silu"
+    rope_dim: int = 0  # leading dimensions of a head that are rotated; 0: all
+    rope_scaling: RopeScaling = NO_SCALING
+    rope_pattern: tuple[int, ...] = ()  # per block 0 not rotated, 1 main, 2 local table; empty: all 1
     sliding_window: int = 0  # positions a token sees in a windowed block, its own counted; 0: no block has a window
-    sliding_window_pattern: tuple[int, ...] = ()  # 1 for a windowed block, 0 for one that sees all; empty: all windowed
+    sliding_window_pattern: tuple[int, ...] = ()  # per block 1 windowed, 0 not; empty: all windowed
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
     static_order: tuple[int, ...] = ()  # linears as block·7 + place in LINEARS; empty: no static budgets
 
     def __post_init__(self) -> None:
@@ -49,7 +66,9 @@ class ModelShape:
             _check(1 <= getattr(self, name) <= most, name, f"1 to {most}", getattr(self, name))
         shared = self.head_count % self.head_count_kv == 0
         _check(shared, "head_count", f"a multiple of {self.head_count_kv} key heads", self.head_count)
-        _check(self.head_dim % 2 == 0, "head_dim", "an even number", self.head_dim)
+        rotated = self.rope_dim or self.head_dim
+        good = rotated % 2 == 0 and rotated <= self.head_dim
+        _check(good, "head_dim", f"an even number of rotated dimensions, at most {self.head_dim}", rotated)
 
     def linear(self, name: str) -> tuple[int, int]:
         """(rows, columns) of a linear of a block, or of `token_embd` and `output`."""
@@ -65,6 +84,17 @@ class ModelShape:
             "token_embd": (self.vocab_size, width),
             "output": (self.vocab_size, width),
         }[name]
+
+    def block_vectors(self) -> dict[str, int]:
+        """Names in the file, inside a block, and lengths of its vectors, besides those of linears and routers."""
+        width, dim = self.embedding_length, self.head_dim
+        vectors = {keys.TENSOR_ATTN_NORM: width, keys.TENSOR_FFN_NORM: width}
+        if self.post_norms:
+            vectors |= {keys.TENSOR_ATTN_POST_NORM: width, keys.TENSOR_FFN_POST_NORM: width}
+        if self.qk_norm:
+            vectors |= {keys.TENSOR_Q_NORM: dim, keys.TENSOR_K_NORM: dim}
+        biased = [*(("attn_q", "attn_k", "attn_v") if self.qkv_bias else ()), *(("attn_output",) * self.output_bias)]
+        return vectors | {f"{name}.{keys.SUFFIX_BIAS}": self.linear(name)[0] for name in biased}
 
     def router_columns(self, point: str) -> int:
         """Length of the input that the router at `point` and its linears read."""

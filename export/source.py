@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from export.errors import ExportError
@@ -11,61 +9,56 @@ from export.keys import LINEARS, SUFFIX_SCALE_OFFSET
 from export.names import checkpoint_name
 from export.plan import PlannedTensor
 from export.shape import ModelShape
+from mobiquant.architectures import MAIN_ROPE, UnsupportedModelError, parse_config
 from mobiquant.checkpoint import CONFIG_FILE, STATIC_ORDER, Checkpoint
 from mobiquant.packing import TILE_ROWS, groups_of, pack_plane, pack_scale_offset
 from mobiquant.static import check_static_order
-from mobiquant.windows import sliding_windows
 
-SUPPORTED = ("llama",)
 _PIECE_WEIGHTS = 1 << 24
-_ROPE_THETA = 10000.0  # the base of a configuration that names none
 
 
 def checkpoint_shape(checkpoint: Checkpoint) -> ModelShape:
     """The ModelShape that config.json describes. Raises ExportError for another architecture or a bad key."""
-    config, quantization = checkpoint.config, checkpoint.quantization
-    # Newer configurations keep the rotary base in an object of its own.
-    config = config | (config.get("rope_parameters") or {})
-    where = checkpoint.path / CONFIG_FILE
-    model_type = config.get("model_type")
-    if model_type not in SUPPORTED:
-        raise ExportError(f"{where}: model_type: expected one of {', '.join(SUPPORTED)}, found {model_type!r}")
-
-    def number(key: str, kind: type[int] | type[float], default: float | None = None) -> Any:
-        value = config.get(key) if config.get(key) is not None else default
-        if isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise ExportError(f"{where}: {key}: expected a number of type {kind.__name__}, found {value!r}")
-        return kind(value)
-
-    width, heads = number("hidden_size", int), number("num_attention_heads", int)
-    sizes = {
-        "vocab_size": number("vocab_size", int),
-        "context_length": number("max_position_embeddings", int),
-        "embedding_length": width,
-        "block_count": number("num_hidden_layers", int),
-        "feed_forward_length": number("intermediate_size", int),
-        "head_count": heads,
-        "head_count_kv": number("num_key_value_heads", int, default=heads),
-        "head_dim": number("head_dim", int, default=width // max(heads, 1)),
-        "rms_epsilon": number("rms_norm_eps", float),
-        "rope_freq_base": number("rope_theta", float, default=_ROPE_THETA),
-    }
-    static_order = _static_order(checkpoint, sizes["block_count"])
+    quantization, where = checkpoint.quantization, checkpoint.path / CONFIG_FILE
     try:
-        windows = sliding_windows(config, sizes["block_count"])
-    except ValueError as error:
-        raise ExportError(f"{where}: {error}") from error
+        spec = parse_config(checkpoint.config, where)
+    except UnsupportedModelError as error:
+        raise ExportError(str(error)) from error
+    blocks, plain = spec.num_hidden_layers, float(np.float32(1.0) / np.sqrt(np.float32(spec.head_dim)))
+    static_order = _static_order(checkpoint, blocks)
+    windowed = tuple(int(window > 0) for window in spec.windows)
     try:
         return ModelShape(
-            **sizes,
-            tied=bool(config.get("tie_word_embeddings", False)),
+            vocab_size=spec.vocab_size,
+            context_length=spec.context_length,
+            embedding_length=spec.hidden_size,
+            block_count=blocks,
+            feed_forward_length=spec.intermediate_size,
+            head_count=spec.num_attention_heads,
+            head_count_kv=spec.num_key_value_heads,
+            head_dim=spec.head_dim,
+            rms_epsilon=spec.rms_norm_eps,
+            rope_freq_base=spec.rope_theta,
+            tied=spec.tie_word_embeddings,
             router_hidden=quantization.router.hidden_size,
             budgets=tuple(quantization.router.budgets),
             embedding_depth=quantization.embedding_depth,
             output_depth=quantization.output_depth,
-            base_architecture=model_type,
-            sliding_window=max(windows),
-            sliding_window_pattern=() if min(windows) == max(windows) else tuple(int(window > 0) for window in windows),
+            base_architecture=spec.base_architecture,
+            attention_scale=None if spec.attention_scale == plain else spec.attention_scale,
+            attention_softcap=spec.attention_softcap,
+            output_softcap=spec.output_softcap,
+            embedding_scale=spec.embedding_scale,
+            activation=spec.activation,
+            rope_dim=spec.rotary_dim,
+            rope_scaling=spec.rope_scaling,
+            rope_pattern=() if set(spec.ropes) == {MAIN_ROPE} else spec.ropes,
+            sliding_window=max(spec.windows),
+            sliding_window_pattern=() if len(set(windowed)) == 1 else windowed,
+            qkv_bias=spec.qkv_bias,
+            output_bias=spec.output_bias,
+            qk_norm=spec.qk_norm,
+            post_norms=spec.post_norms,
             static_order=static_order,
         )
     except ExportError as error:
@@ -93,7 +86,7 @@ class CheckpointSource:
 
     def read(self, tensor: PlannedTensor) -> np.ndarray:
         """Data of `tensor`. Raises CheckpointError when the checkpoint lacks it, ExportError for bad numbers."""
-        name = checkpoint_name(tensor.module, tensor.block)
+        name = checkpoint_name(tensor.module, tensor.block, self._shape.post_norms)
         if tensor.slice_index is not None:
             return self._plane(f"{name}.codes", tensor, tensor.slice_index)
         if tensor.part == SUFFIX_SCALE_OFFSET:

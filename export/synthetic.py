@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from export.errors import ExportError
-from export.keys import LINEARS, SUFFIX_SCALE_OFFSET, TENSOR_ROPE, router_tensor
+from export.keys import LINEARS, SUFFIX_BIAS, SUFFIX_SCALE_OFFSET, TENSOR_ROPE, TENSOR_ROPE_LOCAL, router_tensor
 from export.plan import PlannedTensor
 from export.shape import ModelShape
 from export.vocab import Vocabulary
@@ -110,9 +110,11 @@ class SyntheticSource:
             spread = generator.uniform(0.75, 1.25, (tiles, groups, TILE_ROWS)).astype(np.float32)
             scales = (spread * (_WEIGHT_STD / _CODE_STD)).astype(np.float16)
             return np.stack([scales, 2 * scales], axis=2)  # zero point 2: the codes are centred on weight 0
-        if tensor.module == TENSOR_ROPE:
-            exponents = np.arange(0, self._shape.head_dim, 2, dtype=np.float64) / self._shape.head_dim
+        if tensor.module in (TENSOR_ROPE, TENSOR_ROPE_LOCAL):
+            exponents = np.arange(tensor.shape[0], dtype=np.float64) / tensor.shape[0]
             return (self._shape.rope_freq_base**-exponents).astype(np.float32)
+        if tensor.module.endswith(SUFFIX_BIAS):
+            return generator.normal(0.0, _WEIGHT_STD, tensor.shape).astype(np.float32)
         return np.ones(tensor.shape, np.float32)
 
     def _generator(self, name: str) -> np.random.Generator:

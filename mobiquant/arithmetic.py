@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mobiquant.architectures import NO_SCALING, RopeScaling
+
 LANES = 16
 ATTENTION_CHUNK = 256  # positions; runtime/src/definition.h
 CACHE_GROUP = 32  # of an int8 cache, dimensions of a head that share a scale
@@ -27,6 +29,9 @@ EXP_LOW, EXP_HIGH = -87.0, 88.0
 LOG2_E = 1.44269504
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
 EXP_COEFFICIENTS = (1.98412698e-4, 1.38888889e-3, 8.33333333e-3, 4.16666667e-2, 1.66666667e-1, 0.5)
+
+# GELU in its tanh form: constants of the same file.
+GELU_LINEAR, GELU_CUBIC = 1.59576912, 0.0713548163
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -91,17 +96,47 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     return gate / (1.0 + exponential(-gate)) * up
 
 
-def rope_tables(inverse_frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, float32 [positions, head_dim / 2]: angles in float32, the functions in float64."""
-    positions_column = torch.arange(positions, dtype=torch.float32, device=inverse_frequencies.device)[:, None]
-    angles = (positions_column * inverse_frequencies).double()
-    return angles.cos().float(), angles.sin().float()
+def gelu_times(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) · up, GELU in its tanh form."""
+    z = gate * fma(gate * gate, gate.new_tensor(GELU_CUBIC), gate.new_tensor(GELU_LINEAR))
+    return gate / (1.0 + exponential(-z)) * up
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap · tanh(x / cap). cap: a float32."""
+    cap_tensor = x.new_tensor(cap)
+    return cap_tensor - 2.0 * cap_tensor / (1.0 + exponential(x * (2.0 / cap_tensor)))
+
+
+def rope_at(inverse_frequencies: Tensor, positions: Tensor, scaling: RopeScaling = NO_SCALING) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of whole positions [...]: float32 [..., rotated / 2]. Angles in float32, the rest in float64.
+
+    Dynamic scaling turns position p by the frequencies of a text of p + 1 tokens (runtime/src/rope.c).
+    """
+    positions = positions[..., None].double()
+    frequencies, half = inverse_frequencies, inverse_frequencies.shape[0]
+    if scaling.kind == "dynamic":
+        stretched = scaling.factor * (positions + 1) / scaling.original - (scaling.factor - 1)
+        exponents = -2 * torch.arange(half, dtype=torch.float64, device=frequencies.device) / (2 * half - 2)
+        grown = (frequencies.double() * stretched.clamp(min=1) ** exponents).float()
+        frequencies = torch.where(positions < scaling.original, frequencies, grown)
+    angles = (positions.float() * frequencies).double()
+    return angles.cos().float() * scaling.attention, angles.sin().float() * scaling.attention
+
+
+def rope_tables(
+    inverse_frequencies: Tensor, positions: int, scaling: RopeScaling = NO_SCALING
+) -> tuple[Tensor, Tensor]:
+    """Of positions 0 .. positions-1: float32 [positions, rotated / 2]."""
+    return rope_at(inverse_frequencies, torch.arange(positions, device=inverse_frequencies.device), scaling)
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding of halves. heads: [heads, tokens, head_dim]; cosine, sine: [tokens, head_dim / 2]."""
-    a, b = heads.chunk(2, dim=-1)
-    return torch.cat((fma(a, cosine, -(b * sine)), fma(b, cosine, a * sine)), dim=-1)
+    """Rotary embedding of halves. heads: [heads, tokens, head_dim]; cosine, sine: [tokens, rotated / 2], of the leading
+    dimensions that are rotated."""
+    half = cosine.shape[-1]
+    a, b, rest = heads.split((half, half, heads.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((fma(a, cosine, -(b * sine)), fma(b, cosine, a * sine), rest), dim=-1)
 
 
 def round_to_int8(x: Tensor) -> Tensor:
@@ -118,7 +153,9 @@ def round_to_int8(x: Tensor) -> Tensor:
     return (torch.round(groups * inverse) * scales).flatten(-2)[..., : x.shape[-1]]
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float = 0.0, window: int = 0
+) -> Tensor:
     """Softmax attention of every token over itself and what came before: float32 [heads, tokens, head_dim].
 
     query: [heads, tokens, head_dim], the last of the positions; key, value: [heads, positions, head_dim]. Chunk of
@@ -136,7 +173,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, wi
         if first >= last:
             continue
         seeing, chunk = slice(first, last), slice(begin, begin + ATTENTION_CHUNK)
-        part = _attend_chunk(query[:, seeing], key[:, chunk], value[:, chunk], before + first - begin, scale, window)
+        place = before + first - begin  # of the first of them in the chunk
+        part = _attend_chunk(query[:, seeing], key[:, chunk], value[:, chunk], place, scale, softcap, window)
         joining = min(max(begin - 1 + window - before, first), last) if begin > 0 else first
         if joining > first:
             old, known = slice(first, joining), joining - first
@@ -146,7 +184,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, wi
     return joined * (1.0 / sums)
 
 
-def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, first: int, scale: float, window: int) -> Part:
+def _attend_chunk(
+    query: Tensor, key: Tensor, value: Tensor, first: int, scale: float, softcap: float, window: int
+) -> Part:
     """One chunk; the first token stands at its position `first`, or behind its end."""
     tokens, positions = query.shape[1], key.shape[1]
     scores = query.new_zeros(query.shape[0], tokens, positions)
@@ -154,7 +194,10 @@ def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, first: int, scale: 
         scores = fma(query[:, :, None, i], key[:, None, :, i], scores)
     seen = torch.ones(tokens, positions, dtype=torch.bool, device=query.device)
     unseen = ~seen.tril(first).triu(first - window + 1)
-    scores = (scores * scale).masked_fill(unseen, -torch.inf)
+    scores = scores * scale
+    if softcap:
+        scores = soft_cap(scores, softcap)
+    scores = scores.masked_fill(unseen, -torch.inf)
     largest = scores.amax(-1, keepdim=True)
     weights = exponential(scores - largest).masked_fill(unseen, 0.0)
     lanes = query.new_zeros(*weights.shape[:2], LANES)

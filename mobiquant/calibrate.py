@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mobiquant.architectures import UnsupportedModelError
 from mobiquant.checkpoint import (
     CONFIG_FILE,
     EMBEDDING,
@@ -43,7 +44,7 @@ from mobiquant.config import CalibrationSettings, QuantizationConfig, RouterConf
 from mobiquant.data import CalibrationWindows, calibration_windows
 from mobiquant.hidden import HiddenStates, hidden_states
 from mobiquant.linear import Precision, SliceEmbedding
-from mobiquant.models import UnsupportedModelError, hidden_bytes, install_slices, linear_shapes, load_block
+from mobiquant.models import hidden_bytes, install_slices, linear_shapes, load_block
 from mobiquant.outer import measure_outer
 from mobiquant.packing import SLICE_COUNT
 from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask, Recipe, recipes
@@ -214,8 +215,8 @@ class _Calibration:
     def _embed_sliced(self, ids: Tensor) -> Tensor:
         """float32 [..., width] as the sliced embedding gives it; only the rows in use are sliced."""
         used, places = ids.unique(return_inverse=True)
-        rows = slice_weight(self.source.embed(used))
-        return SliceEmbedding(rows, self.quantization.embedding_depth)(places)
+        rows = slice_weight(self.source.rows(f"{EMBEDDING}.weight", used))
+        return SliceEmbedding(rows, self.quantization.embedding_depth, self.source.config.embedding_scale)(places)
 
     def _tables(self) -> list[str]:
         return [EMBEDDING] if self.source.config.tie_word_embeddings else [EMBEDDING, HEAD]
@@ -341,9 +342,10 @@ class _Calibration:
         outer: dict[str, np.ndarray] = {}
         for name, sliced in tables.items():
             outer |= {f"{name}.{part.name}": getattr(sliced, part.name).numpy() for part in dataclasses.fields(sliced)}
-        outer[FINAL_NORM] = self.source.tensor(FINAL_NORM).numpy()
+        outer[FINAL_NORM] = self.source.final_norm().weight.numpy()
         outer[STATIC_ORDER] = static_order(expected_gains(scores))
-        outer[ROTARY_FREQUENCIES] = self.source.rotary().inv_freq.numpy()
+        frequencies = self.source.frequencies()
+        outer |= {name: table.numpy() for name, table in zip(ROTARY_FREQUENCIES, frequencies, strict=False)}
         write_tensors(self.folder / OUTER_FILE, outer)
         for path in _work_files(self.folder):
             path.unlink()

@@ -6,14 +6,15 @@
     DIR/outer.safetensors              embedding, head (when untied), final norm, rotary frequencies, static order
     DIR/tokenizer.json ...             copied from the source model
 
-Tensor names are Hugging Face module paths. A sliced matrix NAME of [rows, columns] is `NAME.codes` uint8
-[rows, columns], `NAME.scales` and `NAME.offsets` float16 [rows, groups] (offset = s·z, docs/format.md). NAME is
+Tensor names are Hugging Face module paths. A sliced matrix NAME of [rows, columns] is `NAME.codes` uint8 [rows,
+columns], `NAME.scales` and `NAME.offsets` float16 [rows, groups] (offset = s·z, docs/format.md). NAME is
 `model.embed_tokens`, `lm_head` (only when untied) or `model.layers.N.` + one of LINEARS. Routers are
 `model.layers.N.router_POINT.` + `hidden` int8 [H, columns], `hidden_scale` and `hidden_bias` float32 [H], `head`
-float32 [L, 3, H+1], `head_bias` float32 [L, 3], `threshold` float32 [L, 3, P]. Vectors, all float32: the norms
-`model.layers.N.input_layernorm.weight`, `model.layers.N.post_attention_layernorm.weight`, `model.norm.weight`, and
-`model.rotary_emb.inv_freq` [head dimension / 2]. `static_order` int32 [3 · 7 · blocks] lists linears as block · 7 +
-place in LINEARS (mobiquant.static); a checkpoint of before lacks it.
+float32 [L, 3, H+1], `head_bias` float32 [L, 3], `threshold` float32 [L, 3, P]. Vectors, all float32: those of a block
+that `ModelSpec.block_vectors` names, `model.norm.weight`, and `model.rotary_emb.inv_freq` [rotated dimensions / 2],
+with `model.rotary_emb.inv_freq_local` where blocks differ. Norms multiply by what is stored, in every architecture: 1
+is added where the model multiplies by 1 + w. `static_order` int32 [3 · 7 · blocks] lists linears as block · 7 + place
+in LINEARS (mobiquant.static); a checkpoint of before lacks it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 STATIC_ORDER = "static_order"
 FINAL_NORM = "model.norm.weight"
-ROTARY_FREQUENCIES = "model.rotary_emb.inv_freq"
+# Of the tables MAIN_ROPE and LOCAL_ROPE (mobiquant.architectures).
+ROTARY_FREQUENCIES = ("model.rotary_emb.inv_freq", "model.rotary_emb.inv_freq_local")
 BLOCK_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 # A router serves the linears that read one input; this order is also that of recorded depths.

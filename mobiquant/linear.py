@@ -124,12 +124,13 @@ class RoutedLinear(SliceLinear):
 
 
 class SliceEmbedding(nn.Module):
-    """Rows of a sliced table at one depth: token ids int [...] -> float32 [..., columns]."""
+    """Rows of a sliced table at one depth, times `scale`: token ids int [...] -> float32 [..., columns]."""
 
-    def __init__(self, sliced: SlicedWeight, depth: int):
+    def __init__(self, sliced: SlicedWeight, depth: int, scale: float = 1.0):
         super().__init__()
         self.columns = sliced.codes.shape[1]
         self.depth = depth
+        self.scale = scale
         self.register_buffer("codes", sliced.codes)
         self.register_buffer("scales", sliced.scales)
         self.register_buffer("offsets", sliced.offsets)
@@ -138,4 +139,4 @@ class SliceEmbedding(nn.Module):
         scale = self.scales[token_ids].float().repeat_interleave(GROUP_SIZE, dim=-1)[..., : self.columns]
         offset = self.offsets[token_ids].float().repeat_interleave(GROUP_SIZE, dim=-1)[..., : self.columns]
         top = torch.bitwise_right_shift(self.codes[token_ids], SLICE_BITS * (SLICE_COUNT - self.depth)).float()
-        return fma(scale * 0.25 ** (self.depth - 1), top + 0.5, -offset)
+        return fma(scale * 0.25 ** (self.depth - 1), top + 0.5, -offset) * self.scale

@@ -1,24 +1,21 @@
-"""The supported architectures: which Hugging Face configurations the format can hold, and how a block is built."""
+"""Blocks and matrices of a checkpoint, and the parts of transformers that a model's configuration stands for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers import AutoConfig, PreTrainedConfig
 
-from mobiquant.checkpoint import (
-    BLOCK_NORMS,
-    LINEARS,
-    ROUTER_POINTS,
-    block_name,
-)
+from mobiquant.architectures import ARCHITECTURES, ModelSpec, UnsupportedModelError
+from mobiquant.block import DecoderBlock, rotary_tables
+from mobiquant.checkpoint import LINEARS, ROUTER_POINTS, block_name
 from mobiquant.linear import Precision, RoutedLinear
 from mobiquant.packing import groups_of
 from mobiquant.router import RESIDUALS, Router
@@ -27,67 +24,31 @@ from mobiquant.slices import SlicedWeight
 ReadTensor = Callable[[str, type[np.generic], tuple[int, ...]], np.ndarray]
 
 
-class UnsupportedModelError(ValueError):
-    """The model is not of a kind that the file format and the runtime can hold; the message says what and why."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The transformers classes behind one `model_type`."""
-
-    config: type[PreTrainedConfig]
-    causal_lm: type[nn.Module]
-    block: type[nn.Module]
-    rotary: type[nn.Module]
-    norm: type[nn.Module]
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(LlamaConfig, LlamaForCausalLM, LlamaDecoderLayer, LlamaRotaryEmbedding, LlamaRMSNorm),
-}
-
-# Rotary types whose frequencies are fixed by the configuration alone, with no scaling of the attention.
-_STATIC_ROPE = ("default", "linear", "llama3")
-
-
-def parse_config(content: dict[str, object], where: Path | str) -> PreTrainedConfig:
-    """The transformers configuration of config.json. Raises UnsupportedModelError when the format cannot hold it."""
-    model_type = str(content.get("model_type"))
-    if model_type not in ARCHITECTURES:
-        supported = ", ".join(ARCHITECTURES)
-        raise UnsupportedModelError(f"{where}: model_type: expected one of {supported}, found {model_type}")
+def transformers_config(content: dict[str, Any], where: Path | str) -> PreTrainedConfig:
+    """The configuration as transformers takes it. Raises UnsupportedModelError when it finds it invalid."""
     # quantization_config is ours: transformers would look for a quantizer of that name.
-    settings = {key: value for key, value in content.items() if key != "quantization_config"}
+    settings = {key: value for key, value in content.items() if key not in ("quantization_config", "model_type")}
     try:
-        config = ARCHITECTURES[model_type].config(**settings)
+        return AutoConfig.for_model(content["model_type"], **settings)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise UnsupportedModelError(f"{where}: expected a valid {model_type} configuration: {error}") from error
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
-    checks = [
-        ("attention_bias", config.attention_bias, "False (the format has no bias)", not config.attention_bias),
-        ("mlp_bias", config.mlp_bias, "False (the format has no bias)", not config.mlp_bias),
-        ("hidden_act", config.hidden_act, "silu", config.hidden_act == "silu"),
-        ("rope_type", rope, f"one of {', '.join(_STATIC_ROPE)} (fixed frequencies)", rope in _STATIC_ROPE),
-        (
-            "num_key_value_heads",
-            config.num_key_value_heads,
-            f"a divisor of num_attention_heads {config.num_attention_heads}",
-            config.num_attention_heads % config.num_key_value_heads == 0,
-        ),
-        (
-            "partial_rotary_factor",
-            (config.rope_parameters or {}).get("partial_rotary_factor", 1.0),
-            "1.0 (the whole head is rotated)",
-            (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) == 1.0,
-        ),
-    ]
-    for key, found, expected, good in checks:
-        if not good:
-            raise UnsupportedModelError(f"{where}: {key}: expected {expected}, found {found}")
-    return config
+        kind = content["model_type"]
+        raise UnsupportedModelError(f"{where}: expected a valid {kind} configuration: {error}") from error
 
 
-def linear_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
+def rotary_frequencies(spec: ModelSpec, config: PreTrainedConfig) -> list[Tensor]:
+    """Of every rotary table of the model, float32 [rotated / 2], by transformers' own formulas."""
+    package, prefix = ARCHITECTURES[spec.model_type].classes
+    module = import_module(f"transformers.models.{package}.modeling_{package}")
+    rotary = getattr(module, f"{prefix}RotaryEmbedding")(config)
+    if hasattr(rotary, "inv_freq"):
+        return [rotary.inv_freq]
+    by_layer = (getattr(rotary, f"{kind}_attention_inv_freq", None) for kind in ("full", "sliding"))
+    tables = [table for table in by_layer if table is not None]
+    # Where every block uses the local table, it stands in for the main one too, which the file always has.
+    return [tables[0], tables[-1]][: rotary_tables(spec)]
+
+
+def linear_shapes(config: ModelSpec) -> dict[str, tuple[int, int]]:
     """(rows, columns) of every routed linear of a block, in the order of LINEARS."""
     width, feed_forward = config.hidden_size, config.intermediate_size
     heads, heads_kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -103,16 +64,16 @@ def linear_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
     return dict(zip(LINEARS, shapes, strict=True))
 
 
-def hidden_bytes(config: PreTrainedConfig) -> int:
+def hidden_bytes(config: ModelSpec) -> int:
     """About what one token's hidden states in a block take until the backward pass: 12 widths and 6 feed-forwards, and
     some temporaries."""
     return 80 * (2 * config.hidden_size + config.intermediate_size)
 
 
-def empty_block(config: PreTrainedConfig, index: int) -> nn.Module:
-    """Block `index` without storage (meta device), as transformers defines it."""
+def empty_block(config: ModelSpec, index: int) -> DecoderBlock:
+    """Block `index` without storage (meta device)."""
     with torch.device("meta"):
-        return ARCHITECTURES[config.model_type].block(config, index)
+        return DecoderBlock(config, index)
 
 
 def install_slices(
@@ -130,9 +91,7 @@ def install_slices(
             block.set_submodule(name, RoutedLinear(slices[name], routers[point], head, precision, place))
 
 
-def load_block(
-    read: ReadTensor, config: PreTrainedConfig, index: int, hidden_size: int, precision: Precision
-) -> nn.Module:
+def load_block(read: ReadTensor, config: ModelSpec, index: int, hidden_size: int, precision: Precision) -> DecoderBlock:
     """Block `index` of a checkpoint. read: (name, dtype, shape) -> array, raising when the tensor has another form."""
     block = empty_block(config, index)
     shapes = linear_shapes(config)
@@ -151,10 +110,12 @@ def load_block(
         }
         routers[point] = Router(**{part: _torch(read(prefix + part, *form)) for part, form in forms.items()})
     install_slices(block, index, slices, routers, precision)
-    for name in BLOCK_NORMS:
-        norm = _torch(read(block_name(index, name), np.float32, (config.hidden_size,)))
-        block.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(norm, requires_grad=False)
-    return block.eval()
+    vectors = {
+        name: _torch(read(block_name(index, name), np.float32, (length,)))
+        for name, length in config.block_vectors().items()
+    }
+    block.load_state_dict(vectors, strict=False, assign=True)  # the rest is in place
+    return block.requires_grad_(False).eval()
 
 
 def load_slices(read: ReadTensor, name: str, rows: int, columns: int) -> SlicedWeight:

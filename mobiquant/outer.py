@@ -71,7 +71,9 @@ def measure_outer(
     streams = hidden_states((len(_DEPTHS) + 1) * count, seq_len, source.config.hidden_size, folder)
     streams[torch.arange(count)] = source.embed(ids)
     for depth in _DEPTHS:
-        streams[depth * count + torch.arange(count)] = SliceEmbedding(embedding, depth)(ids)
+        streams[depth * count + torch.arange(count)] = SliceEmbedding(embedding, depth, source.config.embedding_scale)(
+            ids
+        )
     positions = position_embeddings(source, seq_len, device)
     for index in tqdm(range(source.block_count), desc="embedding and head", unit="block"):
         block = source.block(index).to(device)
@@ -80,13 +82,16 @@ def measure_outer(
         del block
     norm, full = source.final_norm().to(device), source.head().to(device)
     sums = np.stack(
-        [_compare(streams, ids, norm, full, unslice_weight(head, depth).to(device)) for depth in _DEPTHS], axis=1
+        [_compare(source, streams, ids, norm, full, unslice_weight(head, depth).to(device)) for depth in _DEPTHS],
+        axis=1,
     )
     nll, divergence = np.moveaxis(sums / (ids.shape[0] * (ids.shape[1] - 1)), 2, 0)
     return OuterCosts(np.expm1(nll), divergence)
 
 
-def _compare(streams: HiddenStates, ids: Tensor, norm: nn.Module, full: Tensor, head: Tensor) -> np.ndarray:
+def _compare(
+    source: Source, streams: HiddenStates, ids: Tensor, norm: nn.Module, full: Tensor, head: Tensor
+) -> np.ndarray:
     """float64 [4, 2], sums over tokens for the streams after the first, with `head` float32 [vocab, width]: what they
     add to the negative log likelihood of the first stream with the head `full`, and their divergence from it."""
     sums = np.zeros((len(_DEPTHS), 2))
@@ -95,9 +100,9 @@ def _compare(streams: HiddenStates, ids: Tensor, norm: nn.Module, full: Tensor, 
         for start in range(0, len(targets) - 1, _LOGIT_TOKENS):
             following = targets[start + 1 : start + 1 + _LOGIT_TOKENS, None].to(head.device)
             exact, *others = (norm(stream[start : start + len(following)].to(head.device)) for stream in states)
-            expected = (exact @ full.T).log_softmax(-1)
+            expected = source.capped(exact @ full.T).log_softmax(-1)
             for place, x in enumerate(others):
-                found = (quantize_activations(x).dequantized() @ head.T).log_softmax(-1)
+                found = source.capped(quantize_activations(x).dequantized() @ head.T).log_softmax(-1)
                 missed = expected.gather(1, following) - found.gather(1, following)
                 apart = functional.kl_div(found, expected, reduction="sum", log_target=True)
                 sums[place] += missed.double().sum().item(), apart.double().item()

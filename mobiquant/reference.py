@@ -11,18 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers import PreTrainedConfig
+from torch import Tensor
 
-from mobiquant.arithmetic import causal_attention, rms_norm, rope_tables, rotate, round_to_int8, silu_times
+from mobiquant.architectures import MAIN_ROPE, NO_ROPE, NO_SCALING, ModelSpec, parse_config
+from mobiquant.arithmetic import causal_attention, rms_norm, rope_tables, round_to_int8, soft_cap
+from mobiquant.block import DecoderBlock, attend, rotary_tables, seen_positions
 from mobiquant.checkpoint import EMBEDDING, FINAL_NORM, HEAD, LINEARS, ROTARY_FREQUENCIES, STATIC_ORDER, open_checkpoint
 from mobiquant.correction import RunningCorrection
+from mobiquant.exact import run_block
 from mobiquant.linear import Precision, SliceEmbedding, SliceLinear
-from mobiquant.models import linear_shapes, load_block, load_slices, parse_config
+from mobiquant.models import linear_shapes, load_block, load_slices
 from mobiquant.packing import SLICE_BITS, SLICE_COUNT
 from mobiquant.static import RAISES, static_depths
-from mobiquant.windows import sliding_windows
 
 
 class ReferenceModel:
@@ -34,13 +34,13 @@ class ReferenceModel:
 
     def __init__(
         self,
-        config: PreTrainedConfig,
+        config: ModelSpec,
         precision: Precision,
         embedding: SliceEmbedding,
-        blocks: Sequence[nn.Module],
+        blocks: Sequence[DecoderBlock],
         norm: Tensor,
         head: SliceLinear,
-        inverse_frequencies: Tensor,
+        inverse_frequencies: Sequence[Tensor],
         static_order: np.ndarray | None,
         exact: bool,
         cache_type: str,
@@ -58,8 +58,6 @@ class ReferenceModel:
         self._cache_type = cache_type
         self._average_bits = float(SLICE_BITS * SLICE_COUNT)
         self._depths: list[np.ndarray] = []
-        self._windows = sliding_windows(config.to_dict(), len(blocks))
-        self._scale = float(np.float32(1.0) / np.sqrt(np.float32(config.head_dim)))
         self._sizes = np.array([rows * columns for rows, columns in linear_shapes(config).values()])
 
     def set_depth(self, depth: int) -> None:
@@ -109,12 +107,19 @@ class ReferenceModel:
         self._depths = []
         for begin, end in self._stretches(len(tokens)):
             x = embedded[begin:end]
-            cosine, sine = (table[begin:end] for table in rope_tables(self._inverse_frequencies, end))
-            for block, cache, window in zip(self._blocks, caches, self._windows, strict=True):
-                x = self._run_block(block, x, cosine, sine, cache, window)
+            tables = [
+                tuple(part[begin:end] for part in rope_tables(frequencies, end, scaling))
+                for frequencies, scaling in zip(
+                    self._inverse_frequencies, (self.config.rope_scaling, NO_SCALING), strict=False
+                )
+            ]
+            for block, cache in zip(self._blocks, caches, strict=True):
+                x = self._run_block(block, x, tables, cache)
             outputs.append(x)
             self._depths.append(self._recorded())
-        return self._head(rms_norm(torch.cat(outputs), self._norm, self.config.rms_norm_eps)).cpu().numpy()
+        logits = self._head(rms_norm(torch.cat(outputs), self._norm, self.config.rms_norm_eps))
+        cap = self.config.output_softcap
+        return (soft_cap(logits, cap) if cap else logits).cpu().numpy()
 
     def _stretches(self, tokens: int) -> Iterator[tuple[int, int]]:
         """(begin, end) of the tokens to run next, with the precision set for them; reads what they took afterwards."""
@@ -137,30 +142,24 @@ class ReferenceModel:
         return stacked.cpu().numpy()
 
     def _run_block(
-        self, block: nn.Module, x: Tensor, cosine: Tensor, sine: Tensor, cache: _Cache, window: int
+        self, block: DecoderBlock, x: Tensor, tables: Sequence[tuple[Tensor, Tensor]], cache: _Cache
     ) -> Tensor:
-        """One decoder block on the residual stream x, float32 [tokens, width], after the tokens in `cache`."""
-        attention, mlp = block.self_attn, block.mlp
-        normed = rms_norm(x, block.input_layernorm.weight, self.config.rms_norm_eps)
-        query, key, value = (
-            linear(normed).unflatten(-1, (-1, self.config.head_dim)).transpose(0, 1)
-            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
-        shared = query.shape[0] // key.shape[0]
-        key, value = (cached.repeat_interleave(shared, dim=0) for cached in cache.extend(key, value))
-        x = x + attention.o_proj(self._attend(query, key, value, window).transpose(0, 1).flatten(1))
-        normed = rms_norm(x, block.post_attention_layernorm.weight, self.config.rms_norm_eps)
-        return x + mlp.down_proj(silu_times(mlp.gate_proj(normed), mlp.up_proj(normed)))
+        """One decoder block on the residual stream x, float32 [tokens, width], after the tokens in `cache`. tables:
+        cosines and sines of the tokens by rotary table.
+        """
+        spec = self.config
+        rope, window = spec.ropes[block.index], spec.windows[block.index]
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-        if self._exact:
-            return causal_attention(query, key, value, self._scale, window)
-        before = key.shape[1] - query.shape[1]
-        seen = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device).tril(before)
-        seen = seen.triu(before - window + 1) if window else seen
-        batch = (part.unsqueeze(0) for part in (query, key, value))
-        return functional.scaled_dot_product_attention(*batch, attn_mask=seen, scale=self._scale).squeeze(0)
+        def attend_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            shared = query.shape[0] // key.shape[0]
+            key, value = (cached.repeat_interleave(shared, dim=0) for cached in cache.extend(key, value))
+            if self._exact:
+                return causal_attention(query, key, value, spec.attention_scale, spec.attention_softcap, window)
+            seen = seen_positions(query.shape[1], key.shape[1], window, query.device)
+            batch = (part.unsqueeze(0) for part in (query, key, value))
+            return attend(*batch, spec.attention_scale, spec.attention_softcap, seen).squeeze(0)
+
+        return run_block(block, x, None if rope == NO_ROPE else tables[rope - MAIN_ROPE], attend_all)
 
 
 class _Cache:
@@ -198,18 +197,21 @@ def open_reference(
     tied = config.tie_word_embeddings
     output = embedding if tied else load_slices(read, HEAD, config.vocab_size, config.hidden_size)
     norm = torch.from_numpy(read(FINAL_NORM, np.float32, (config.hidden_size,)))
-    frequencies = torch.from_numpy(read(ROTARY_FREQUENCIES, np.float32, (config.head_dim // 2,)))
+    frequencies = [
+        torch.from_numpy(read(name, np.float32, (config.rotary_dim // 2,)))
+        for name in ROTARY_FREQUENCIES[: rotary_tables(config)]
+    ]
     order = None
     if checkpoint.has(STATIC_ORDER):
         order = read(STATIC_ORDER, np.int32, (RAISES * len(LINEARS) * config.num_hidden_layers,))
     return ReferenceModel(
         config,
         precision,
-        SliceEmbedding(embedding, quantization.embedding_depth).to(device),
+        SliceEmbedding(embedding, quantization.embedding_depth, config.embedding_scale).to(device),
         blocks,
         norm.to(device),
         SliceLinear(output, quantization.output_depth).to(device),
-        frequencies.to(device),
+        [table.to(device) for table in frequencies],
         order,
         exact,
         cache_type,

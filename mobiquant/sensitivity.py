@@ -8,6 +8,7 @@ of some windows, which may lie on disk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,10 @@ def measure_sensitivity(
     positions = position_embeddings(source, seq_len, device)
     norm, head = source.final_norm().to(device), source.head().to(device)
     generator = torch.Generator(device).manual_seed(seed)
+
+    def predict(x: Tensor) -> Tensor:
+        return source.capped(norm(x) @ head.T)
+
     with tqdm(total=2 * passes * blocks, desc="sensitivity", unit="block") as bar:
         for start in range(0, count, together):
             ids = torch.from_numpy(windows[start : start + together])
@@ -80,7 +85,8 @@ def measure_sensitivity(
                 bar.update()
             # From here on a gradient by a block's output takes the place of the output.
             for chosen in blocks * len(ids) + torch.arange(len(ids)):
-                hidden[int(chosen)] = _loss_gradient(hidden[int(chosen)].to(device), norm, head, generator).cpu()
+                gradient = _loss_gradient(hidden[int(chosen)].to(device), predict, generator)
+                hidden[int(chosen)] = gradient.cpu()
             for index in reversed(range(blocks)):
                 before, after = index * len(ids), (index + 1) * len(ids)
                 block = source.block(index).to(device)
@@ -102,16 +108,21 @@ def measure_sensitivity(
 
 def position_embeddings(source: Source, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions 0 .. seq_len-1, as a block takes them."""
-    positions = torch.arange(seq_len, device=device)[None]
-    return source.rotary().to(device)(torch.zeros(1, device=device), positions)
+    frequencies = torch.stack(source.frequencies()).to(device)
+    angles = torch.arange(seq_len, device=device)[:, None] * frequencies[:, None]
+    cosine, sine = angles.cos(), angles.sin()
+    cosine[0] *= source.config.rope_scaling.attention  # dynamic scaling begins behind any text of calibration
+    sine[0] *= source.config.rope_scaling.attention
+    return cosine, sine
 
 
-def _loss_gradient(hidden: Tensor, norm: nn.Module, head: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of the summed negative log likelihood of sampled labels by the last block's output, [seq_len, width]."""
+def _loss_gradient(hidden: Tensor, predict: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
+    """Gradient of the summed negative log likelihood of sampled labels by the last block's output, [seq_len, width].
+    predict: from that output to logits."""
     gradients = []
     for tokens in hidden.split(_LOGIT_TOKENS):
         tokens = tokens.detach().requires_grad_()
-        logits = norm(tokens) @ head.T
+        logits = predict(tokens)
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
         gradients += torch.autograd.grad(functional.cross_entropy(logits, labels, reduction="sum"), tokens)
     return torch.cat(gradients)

@@ -11,23 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from mobiquant.architectures import UnsupportedModelError, parse_config
+from mobiquant.block import DecoderBlock, Norm, soft_capped
 from mobiquant.checkpoint import CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD, TOKENIZER_FILES
-from mobiquant.models import ARCHITECTURES, UnsupportedModelError, empty_block, parse_config
+from mobiquant.models import empty_block, rotary_frequencies, transformers_config
 from mobiquant.weights import WeightFiles
 
 
 class Source:
-    """An opened model folder. config: the transformers configuration; content: config.json as it is."""
+    """An opened model folder. config: what config.json says of the forward pass; content: config.json as it is;
+    original: the configuration as transformers takes it."""
 
     def __init__(self, path: Path, content: dict[str, Any]):
         self.path = path
         self.content = content
         self.config = parse_config(content, path / CONFIG_FILE)
-        self.config._attn_implementation = "sdpa"
+        self.original = transformers_config(content, path / CONFIG_FILE)
         self._weights = WeightFiles(path)
         self._weights.check(self._shapes())
 
@@ -39,9 +41,9 @@ class Source:
     def context_length(self) -> int:
         return self.config.max_position_embeddings
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor in float32. Raises WeightError when it cannot be read."""
-        return self._weights.tensor(name)
+    def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """One tensor, or some of its rows, in float32. Raises WeightError when it cannot be read."""
+        return self._weights.tensor(name, rows)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A matrix in float32, some thousand rows at a time."""
@@ -53,12 +55,17 @@ class Source:
 
     def embed(self, ids: Tensor) -> Tensor:
         """What the first block reads: int64 [...] -> float32 [..., width]."""
-        return self.rows(f"{EMBEDDING}.weight", ids)
+        return self.rows(f"{EMBEDDING}.weight", ids) * self.config.embedding_scale
 
-    def block(self, index: int) -> nn.Module:
+    def block(self, index: int) -> DecoderBlock:
         """Block `index` in full precision, ready to run, its parameters frozen."""
         block = empty_block(self.config, index)
-        tensors = {name: self.tensor(f"model.layers.{index}.{name}") for name in block.state_dict()}
+        tensors = {}
+        for name in block.state_dict():
+            stored, rows = self.config.source_rows(name)
+            tensors[name] = self.tensor(f"model.layers.{index}.{stored}", rows)
+            if name.endswith("norm.weight"):
+                tensors[name] += self.config.norm_offset
         block.load_state_dict(tensors, assign=True)
         return block.requires_grad_(False).eval()
 
@@ -70,16 +77,19 @@ class Source:
         """float32 [vocab, width]; the embedding when tied."""
         return self.embedding() if self.config.tie_word_embeddings else self.tensor(f"{HEAD}.weight")
 
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits as the model predicts with them."""
+        return soft_capped(logits, self.config.output_softcap)
+
     def final_norm(self) -> nn.Module:
         """The norm before the head, frozen."""
-        with torch.device("meta"):
-            norm = ARCHITECTURES[self.config.model_type].norm(self.config.hidden_size, self.config.rms_norm_eps)
-        norm.load_state_dict({"weight": self.tensor(FINAL_NORM)}, assign=True)
+        norm = Norm(self.config.hidden_size, self.config.rms_norm_eps)
+        norm.weight.data = self.tensor(FINAL_NORM) + self.config.norm_offset
         return norm.requires_grad_(False)
 
-    def rotary(self) -> nn.Module:
-        """The module that turns positions into cosines and sines; its `inv_freq` goes into the checkpoint."""
-        return ARCHITECTURES[self.config.model_type].rotary(self.config)
+    def frequencies(self) -> list[Tensor]:
+        """Rotary frequencies, float32 [rotated dimensions / 2], of every table of the model."""
+        return rotary_frequencies(self.config, self.original)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of tokenizer.json. Raises UnsupportedModelError when it knows more tokens than the model."""
@@ -108,7 +118,9 @@ class Source:
             shapes[f"{HEAD}.weight"] = table
         for index in range(self.block_count):
             for name, parameter in empty_block(config, index).state_dict().items():
-                shapes[f"model.layers.{index}.{name}"] = tuple(parameter.shape)
+                stored, rows = config.source_rows(name)
+                length = rows.stop or parameter.shape[0]  # of a tensor that holds several, the last one's end
+                shapes[f"model.layers.{index}.{stored}"] = (length, *parameter.shape[1:])
         return shapes
 
 

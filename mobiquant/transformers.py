@@ -24,12 +24,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mobiquant.architectures import ModelSpec, parse_config
+from mobiquant.block import rotary_tables
 from mobiquant.checkpoint import LINEARS, ROUTER_POINTS, STATIC_ORDER
 from mobiquant.config import QUANT_METHOD, QuantizationConfig
 from mobiquant.correction import RunningCorrection
-from mobiquant.exact import ExactAttention, ExactMlp, ExactNorm, ExactRotary
+from mobiquant.exact import ExactBlock, ExactHead, ExactNorm, ExactRotary
 from mobiquant.linear import Precision, SliceEmbedding, SliceLinear
-from mobiquant.models import install_slices, linear_shapes, parse_config
+from mobiquant.models import empty_block, install_slices, linear_shapes
 from mobiquant.packing import SLICE_BITS, SLICE_COUNT, groups_of
 from mobiquant.router import RESIDUALS, Router
 from mobiquant.slices import SlicedWeight
@@ -61,13 +63,13 @@ class SlicedModel:
     precision: Precision
     config: PreTrainedConfig
 
-    def install_precision(self, precision: Precision) -> None:
+    def install_precision(self, precision: Precision, spec: ModelSpec) -> None:
         """Take what the linears share. It is at full depth."""
         self.precision = precision
         self._asked_bits = precision.average_bits
         self._followed: weakref.WeakKeyDictionary[Cache, _Followed] = weakref.WeakKeyDictionary()
         self._depths: list[np.ndarray] = []
-        self._sizes = np.array([rows * columns for rows, columns in linear_shapes(self.config).values()])
+        self._sizes = np.array([rows * columns for rows, columns in linear_shapes(spec).values()])
 
     def set_bits(self, bits: int) -> None:
         """One precision, 2, 4, 6 or 8 bits, for every token from now on. Raises ValueError."""
@@ -186,15 +188,17 @@ class MobiQuantQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Modules without storage that have the checkpoint's names, shapes and dtypes."""
-        config = parse_config(model.config.to_dict(), Path(model.name_or_path or "the model"))
+        self._spec = config = parse_config(model.config.to_dict(), Path(model.name_or_path or "the model"))
         width, vocabulary = config.hidden_size, config.vocab_size
         precision = Precision(self.quantization_config.quantization.router.budgets)
         with torch.device("meta"):
-            for index, block in enumerate(model.model.layers):
+            for index in range(config.num_hidden_layers):
+                block = empty_block(config, index)
                 slices = {name: _empty_slices(*shape) for name, shape in linear_shapes(config).items()}
                 install_slices(block, index, slices, self._empty_routers(linear_shapes(config)), precision)
+                model.model.layers[index] = block
             model.model.embed_tokens = SliceEmbedding(_empty_slices(vocabulary, width), SLICE_COUNT)
-            model.model.rotary_emb = ExactRotary(config.head_dim)
+            model.model.rotary_emb = ExactRotary(config.rotary_dim, rotary_tables(config), config.rope_scaling)
             tied = config.tie_word_embeddings
             model.lm_head = nn.Identity() if tied else SliceLinear(_empty_slices(vocabulary, width))
         ignored = model._keys_to_ignore_on_load_unexpected or ()
@@ -205,7 +209,7 @@ class MobiQuantQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """The same modules made anew from what was read, with what they derive from it, and the exact ones around."""
-        config, quantization = model.config, self.quantization_config.quantization
+        config, quantization = self._spec, self.quantization_config.quantization
         precision = Precision(quantization.router.budgets)
         for index, block in enumerate(model.model.layers):
             slices = {name: _slices_of(block.get_submodule(name)) for name in LINEARS}
@@ -214,19 +218,17 @@ class MobiQuantQuantizer(HfQuantizer):
                 stored = block.get_submodule(f"router_{point}")
                 routers[point] = Router(**{part: getattr(stored, part) for part in Router.PARTS})
             install_slices(block, index, slices, routers, precision)
-            block.self_attn = ExactAttention(block.self_attn, config, index)
-            block.mlp = ExactMlp(block.mlp)
-            block.input_layernorm = ExactNorm(block.input_layernorm.weight, config.rms_norm_eps)
-            block.post_attention_layernorm = ExactNorm(block.post_attention_layernorm.weight, config.rms_norm_eps)
+            model.model.layers[index] = ExactBlock(block)
         model.model.norm = ExactNorm(model.model.norm.weight, config.rms_norm_eps)
         embedding = _slices_of(model.model.embed_tokens)
         head = embedding if isinstance(model.lm_head, nn.Identity) else _slices_of(model.lm_head)
-        model.model.embed_tokens = SliceEmbedding(embedding, quantization.embedding_depth)
-        model.lm_head = SliceLinear(head, quantization.output_depth)
+        model.model.embed_tokens = SliceEmbedding(embedding, quantization.embedding_depth, config.embedding_scale)
+        model.lm_head = ExactHead(SliceLinear(head, quantization.output_depth), config.output_softcap)
+        model.config.final_logit_softcapping = None  # the head does it, in the runtime's arithmetic
         model.requires_grad_(False)
         # A class of the model's own name, so that what transformers derives from the name stays right.
         model.__class__ = type(type(model).__name__, (SlicedModel, type(model)), {"__module__": __name__})
-        model.install_precision(precision)
+        model.install_precision(precision, config)
         return model
 
     def _empty_routers(self, shapes: dict[str, tuple[int, int]]) -> dict[str, Router]:

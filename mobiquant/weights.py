@@ -53,12 +53,13 @@ class WeightFiles:
             if found != shape:
                 raise WeightError(f"{where}: expected shape {shape}, found {found}")
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor in float32."""
+    def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """One tensor, or some of its rows, in float32."""
         file = self._file(name)
         try:
             with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(name).to(torch.float32)
+                whole = rows == slice(None)
+                return (opened.get_tensor(name) if whole else opened.get_slice(name)[rows]).to(torch.float32)
         except (OSError, SafetensorError) as error:
             raise WeightError(f"{file}: tensor {name}: cannot be read: {error}") from error
 

@@ -185,20 +185,22 @@ def test_router_hidden_gives_the_same_bits(fast, n_hidden: int, columns: int) ->
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 100, 512])
-def test_rmsnorm_swiglu_add_and_f16_give_the_same_bits(fast, n: int) -> None:
+def test_elementwise_kernels_give_the_same_bits(fast, n: int) -> None:
     rng = np.random.default_rng(n)
     x, weight = (rng.normal(size=n).astype(np.float32) * 4 for _ in range(2))
     x[: min(n, 6)] = np.array([0, -0.0, 200, -200, 1e-30, 70000], np.float32)[: min(n, 6)]
 
     def run(table) -> list[np.ndarray]:
-        normed, gate, total = (guarded(values) for values in (np.zeros(n, np.float32), x, x))
+        normed, gate, total, gelu, capped = (guarded(values) for values in (np.zeros(n, np.float32), x, x, x, x))
         source, other = guarded(x), guarded(weight)
         half = guarded(np.zeros(n, np.uint16))
         table.rmsnorm(pointer(source, "float"), pointer(other, "float"), n, 1e-5, pointer(normed, "float"))
         table.swiglu(pointer(gate, "float"), pointer(other, "float"), n)
+        table.geglu(pointer(gelu, "float"), pointer(other, "float"), n)
+        table.softcap(pointer(capped, "float"), n, 5.0)
         table.add(pointer(total, "float"), pointer(other, "float"), n)
         table.to_f16(pointer(source, "float"), pointer(half, "uint16_t"), n)
-        return [normed, gate, total, half]
+        return [normed, gate, total, half, gelu, capped]
 
     ours, expected = run(fast), run(SCALAR)
     assert all(same_bits(a, b) for a, b in zip(ours, expected, strict=True))
@@ -207,6 +209,10 @@ def test_rmsnorm_swiglu_add_and_f16_give_the_same_bits(fast, n: int) -> None:
     with np.errstate(over="ignore"):
         np.testing.assert_allclose(expected[1], wide / (1 + np.exp(-wide)) * weight, rtol=2e-6, atol=1e-30)
         assert same_bits(expected[3], x.astype(np.float16).view(np.uint16))
+    inner = np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)
+    gelu = 0.5 * wide * (1 + np.tanh(inner)) * weight  # 0 below about -5, where the kernel's has a tail
+    np.testing.assert_allclose(expected[4], gelu, rtol=1e-5, atol=1e-5 * np.abs(weight).max())
+    np.testing.assert_allclose(expected[5], 5 * np.tanh(wide / 5), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("head_dim", [2, 6, 64, 80, 128])
@@ -231,7 +237,14 @@ Stored = np.ndarray | tuple[np.ndarray, np.ndarray]
 
 
 def attend(
-    table, query: np.ndarray, key: Stored, value: Stored, seen: int, scale: float, window: int = 0
+    table,
+    query: np.ndarray,
+    key: Stored,
+    value: Stored,
+    seen: int,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
 ) -> np.ndarray:
     """The parts of queries [tokens, heads, head_dim] over one chunk."""
     tokens, heads, head_dim = query.shape
@@ -248,7 +261,7 @@ def attend(
     queries = ffi.new("mq_queries *")
     queries.query, queries.tokens, queries.heads = pointer(operands[0], "float"), tokens, heads
     queries.token_stride, queries.head_dim, queries.scale = heads * head_dim, head_dim, scale
-    queries.window = window
+    queries.softcap, queries.window = softcap, window
     table.attend(queries, seen, stored, pointer(part, "float"))
     return part
 
@@ -264,26 +277,32 @@ def softmax_of(part: np.ndarray, head_dim: int) -> np.ndarray:
     return part[..., :head_dim] / part[..., total : total + 1]
 
 
-def softmax_reference(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float) -> np.ndarray:
+def softmax_reference(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float, softcap: float = 0.0
+) -> np.ndarray:
     """In float64, query [..., head_dim] over all positions."""
     logits = query.astype(np.float64) @ key.astype(np.float64).T * scale
+    logits = softcap * np.tanh(logits / softcap) if softcap else logits
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     return weights @ value.astype(np.float64) / weights.sum(-1, keepdims=True)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
 @pytest.mark.parametrize("head_dim", [16, 36, 64, 80, 128])
 @pytest.mark.parametrize("positions", [1, 2, 15, 17, 48, 130, 256])
-def test_attention_gives_the_same_bits_and_each_token_sees_its_past(fast, positions: int, head_dim: int) -> None:
+def test_attention_gives_the_same_bits_and_each_token_sees_its_past(
+    fast, positions: int, head_dim: int, softcap: float
+) -> None:
     rng = np.random.default_rng(positions)
     key, value = (rng.normal(size=(positions, head_dim)).astype(np.float16) for _ in range(2))
     for tokens, heads in ((1, 1), (1, 4), (min(positions, 3), 5), (min(positions, 8), 2)):
         query = rng.normal(size=(tokens, heads, head_dim)).astype(np.float32) * 3
         seen = positions - tokens + 1
-        parts = [attend(table, query, key, value, seen, 0.125) for table in (fast, SCALAR)]
+        parts = [attend(table, query, key, value, seen, 0.125, softcap) for table in (fast, SCALAR)]
         assert same_bits(*parts)
         for token in range(tokens):
             past = slice(0, seen + token)
-            expected = softmax_reference(query[token], key[past], value[past], 0.125)
+            expected = softmax_reference(query[token], key[past], value[past], 0.125, softcap)
             np.testing.assert_allclose(softmax_of(parts[1][token], head_dim), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -299,7 +318,7 @@ def test_attention_in_a_window_sees_its_last_positions_alone(fast, window: int, 
             first = max(0, seen - window)
             key[:first], value[:first] = np.nan, np.inf
             query = rng.normal(size=(tokens, heads, head_dim)).astype(np.float32) * 3
-            parts = [attend(table, query, key, value, seen, 0.125, window) for table in (fast, SCALAR)]
+            parts = [attend(table, query, key, value, seen, 0.125, window=window) for table in (fast, SCALAR)]
             assert same_bits(*parts)
             for token in range(tokens):
                 visible = slice(max(0, seen + token - window), min(seen + token, positions))
@@ -326,7 +345,7 @@ def test_attention_over_int8_is_that_over_the_numbers_they_stand_for(fast, posit
         query = rng.normal(size=(tokens, heads, head_dim)).astype(np.float32) * 3
         seen = positions - tokens + 1
         for keys, values in ((key, value), (key, half), (half, value)):
-            parts = [attend(table, query, keys, values, seen, 0.125, window) for table in (fast, SCALAR)]
+            parts = [attend(table, query, keys, values, seen, 0.125, window=window) for table in (fast, SCALAR)]
             assert same_bits(*parts)
             for token in range(tokens):
                 past = slice(max(0, seen + token - window) if window else 0, seen + token)

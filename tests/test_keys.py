@@ -28,7 +28,8 @@ def python_value(name: str) -> object:
 
 
 # Lists, and their lengths, which Python does not name.
-LISTS = {"LINEARS", "LINEAR_NAMES", "ROUTERS", "ROUTER_NAMES", "ROUTER_LINEARS"}
+LISTS = {"LINEARS", "LINEAR_NAMES", "ROUTERS", "ROUTER_NAMES", "ROUTER_LINEARS", "BIASES"}
+LISTS |= {"BASE_ARCHITECTURES", "ACTIVATIONS", "ROPE_SCALINGS"}
 
 
 @pytest.mark.parametrize("name", sorted(set(DEFINES) - LISTS))
@@ -54,16 +55,22 @@ def test_the_reference_computes_with_the_constants_of_the_c_definition() -> None
     coefficients = {f"EXP_C{7 - i}": value for i, value in enumerate(arithmetic.EXP_COEFFICIENTS)}
     for name in found:
         assert found[name] == (coefficients[name] if name in coefficients else getattr(arithmetic, name))
-    assert len(found) == 15
+    assert len(found) == 17
 
 
 def test_linears_and_routers_come_in_the_same_order() -> None:
     assert tuple(c_strings("LINEAR_NAMES")) == keys.LINEARS
     assert int(DEFINES["LINEARS"]) == len(keys.LINEARS)
+    assert keys.LINEARS[: int(DEFINES["BIASES"].split()[0])] == ("attn_q", "attn_k", "attn_v", "attn_output")
     assert c_strings("ROUTER_NAMES") == list(keys.ROUTER_POINTS)
     assert int(DEFINES["ROUTERS"]) == len(keys.ROUTER_POINTS)
     sizes = [len(names) for names in keys.ROUTER_POINTS.values()]
     assert [int(size) for size in re.findall(r"\d+", DEFINES["ROUTER_LINEARS"])] == sizes
+
+
+def test_choices_of_a_file_are_the_same() -> None:
+    for name in ("BASE_ARCHITECTURES", "ACTIVATIONS", "ROPE_SCALINGS"):
+        assert tuple(c_strings(name)) == getattr(keys, name)
 
 
 def test_checkpoint_has_the_same_router_points_and_numbers_of_linears() -> None:
@@ -73,7 +80,7 @@ def test_checkpoint_has_the_same_router_points_and_numbers_of_linears() -> None:
 
 def test_every_key_that_the_loader_needs_is_in_the_header() -> None:
     # The runtime leaves these to Python or to other readers of the file.
-    not_for_c = {"KEY_NAME", "KEY_ROPE_FREQ_BASE", "KEY_ROPE_DIMENSION", "KEY_TOKENIZER", "KEY_CHAT_TEMPLATE"}
+    not_for_c = {"KEY_NAME", "KEY_ROPE_FREQ_BASE", "KEY_TOKENIZER", "KEY_CHAT_TEMPLATE"}
     not_for_c |= {"KEY_BOS_TOKEN", "KEY_ADD_BOS", "KEY_EOS_TOKENS"}
     assert {name for name in vars(keys) if name.startswith("KEY_")} - not_for_c == {
         name for name in DEFINES if name.startswith("KEY_")

@@ -16,7 +16,9 @@ pytest.importorskip("torch")
 import torch
 from benchmarks.parity import BUDGETS, compare
 from torch.nn import functional
+from transformers import AutoModelForCausalLM, DynamicCache
 
+import mobiquant.transformers  # noqa: F401  (registers the quantizer)
 from export.to_gguf import export_checkpoint
 from mobiquant.arithmetic import ATTENTION_CHUNK, causal_attention
 from mobiquant.calibrate import calibrate
@@ -44,22 +46,54 @@ def test_a_model_of_odd_sizes_gives_the_reference_bits_at_every_budget(tiny_chec
     check(tiny_checkpoint, file, windows, 50, BUDGETS)
 
 
-def test_windowed_blocks_give_the_reference_bits(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """One block with a window that ends in the middle of a chunk, one without; rings that wrap."""
-    checkpoint = tmp_path / "windowed"
+def windowed(tiny_checkpoint: Path, folder: Path, window: int) -> Path:
+    """Llama's tensors in an architecture that has windows: one block with, one without."""
+    checkpoint = folder / "windowed"
     shutil.copytree(tiny_checkpoint, checkpoint)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    config |= {"sliding_window": 270, "layer_types": ["sliding_attention", "full_attention"]}
-    config |= {"max_position_embeddings": 2000}
+    config |= {"model_type": "smollm3", "no_rope_layers": [1, 1], "use_sliding_window": True}
+    config |= {"sliding_window": window, "layer_types": ["sliding_attention", "full_attention"]}
+    config |= {"max_position_embeddings": 2000, "pad_token_id": 0}
     (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return checkpoint
+
+
+def test_windowed_blocks_give_the_reference_bits(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Rings that wrap, windows over the border of two chunks, and transformers' own cache of the window."""
+    checkpoint = windowed(tiny_checkpoint, tmp_path, 70)
     file = tmp_path / "windowed.gguf"
     export_checkpoint(checkpoint, file)
-    tokens = np.random.default_rng(8).integers(2, 320, 600).astype(np.int32)
+    tokens = np.random.default_rng(8).integers(2, 320, 340).astype(np.int32)
     reference = open_reference(checkpoint)
     with Model(file, n_batch=20, avg_bits=3.0) as model:
         model.budget.apply(reference)
-        np.testing.assert_array_equal(model.eval(tokens, all_logits=True), reference.logits(tokens))
-        assert model._session.rewind_floor > 0  # the ring of 512 has wrapped
+        expected = reference.logits(tokens)
+        np.testing.assert_array_equal(model.eval(tokens, all_logits=True), expected)
+        assert model._session.rewind_floor > 0  # the ring of 256 has wrapped
+
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint)  # its cache keeps the window alone
+    loaded.set_avg_bits(3.0)
+    ids = torch.from_numpy(tokens.astype(np.int64))[None]
+    cache = DynamicCache(config=loaded.config)
+    for part in ids.split([250, 81, 1, 8], dim=1):
+        logits = loaded(part, past_key_values=cache, use_cache=True).logits
+    np.testing.assert_array_equal(logits[0].numpy(), expected[-8:])
+
+
+def test_a_padded_batch_of_windowed_blocks_gives_the_bits_of_each_text(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = windowed(tiny_checkpoint, tmp_path, 11)
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint)
+    loaded.set_bits(4)
+    reference = open_reference(checkpoint)
+    reference.set_depth(2)
+    random = np.random.default_rng(9)
+    texts = [random.integers(2, 320, length) for length in (24, 15)]
+    padded = torch.tensor([[0] * (24 - len(text)) + text.tolist() for text in texts])
+    mask = torch.tensor([[0] * (24 - len(text)) + [1] * len(text) for text in texts])
+    continued = loaded.generate(padded, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    for row, text in zip(continued[:, 24:].numpy(), texts, strict=True):
+        whole = np.concatenate([text, row])
+        np.testing.assert_array_equal(reference.logits(whole)[len(text) - 1 : -1].argmax(-1), row)
 
 
 def test_an_int8_cache_gives_the_reference_bits(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -89,9 +123,9 @@ def test_attention_of_the_last_tokens_alone_equals_theirs_in_the_whole_text():
     positions = 2 * ATTENTION_CHUNK + 37
     query, key, value = (torch.randn(2, positions, 6, generator=generator) for _ in range(3))
     for window in (0, 1, 40, ATTENTION_CHUNK, ATTENTION_CHUNK + 30):
-        whole = causal_attention(query, key, value, 0.4, window)
+        whole = causal_attention(query, key, value, 0.4, window=window)
         for last in (1, 30, ATTENTION_CHUNK + 3):
-            alone = causal_attention(query[:, -last:], key, value, 0.4, window)
+            alone = causal_attention(query[:, -last:], key, value, 0.4, window=window)
             torch.testing.assert_close(alone, whole[:, -last:], rtol=0, atol=0)
         seen = torch.ones(positions, positions, dtype=torch.bool).tril().triu(1 - (window or positions))
         expected = functional.scaled_dot_product_attention(query, key, value, seen, scale=0.4)

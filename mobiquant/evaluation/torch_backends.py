@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from export.vocab import read_vocabulary
+from mobiquant.architectures import ModelSpec
 from mobiquant.checkpoint import ROUTER_POINTS, is_checkpoint, open_checkpoint
 from mobiquant.evaluation.backends import Backend, shared_prefix
 from mobiquant.models import linear_shapes
@@ -39,7 +40,7 @@ class CheckpointBackend:
     def __init__(self, path: Path, device: str, n_ctx: int) -> None:
         self._model = open_reference(path, device, exact=False)
         config = self._model.config
-        self.tokenizer = _read_tokenizer(path, config)
+        self.tokenizer = _read_tokenizer(path, config.vocab_size)
         self.n_ctx = n_ctx or config.max_position_embeddings
         self.scale_bits, self.router_bits = overhead_bits(config, open_checkpoint(path).quantization.router.hidden_size)
         self.bits_read = float("nan")
@@ -67,19 +68,19 @@ class FullPrecisionBackend:
 
     def __init__(self, path: Path, device: str, n_ctx: int) -> None:
         self._path = path
-        stored = open_source(str(path)).config.dtype or torch.float32
+        stored = open_source(str(path)).original.dtype or torch.float32
         self._model = open_full_precision(path).to(device)
         config = self._model.config
-        self.tokenizer = _read_tokenizer(path, config)
+        self.tokenizer = _read_tokenizer(path, config.vocab_size)
         self.n_ctx = n_ctx or config.max_position_embeddings
         # Of the weights as stored; they are computed with in float32.
         self.bits_read = float(torch.finfo(stored).bits)
-        self._cache, self._cached = DynamicCache(config=config), []
+        self._cache, self._cached = _cache(), []
 
     def set_budget(self, budget: Budget | None) -> None:
         if budget is not None:
             raise ValueError(f"{self._path}: expected a GGUF file or a checkpoint for a budget, found full precision")
-        self._cache, self._cached = DynamicCache(config=self._model.config), []
+        self._cache, self._cached = _cache(), []
 
     @torch.no_grad()
     def predict(self, tokens: np.ndarray, first: int) -> Iterator[np.ndarray]:
@@ -96,12 +97,17 @@ class FullPrecisionBackend:
         del self._model, self._cache
 
 
+def _cache() -> DynamicCache:
+    """Of every position: made for a configuration with sliding windows, it forgets and cannot be cropped."""
+    return DynamicCache()
+
+
 def open_full_precision(path: Path | str) -> nn.Module:
     """The model of a Hugging Face folder in float32, for evaluation. Raises UnsupportedModelError, a ValueError."""
     return AutoModelForCausalLM.from_pretrained(open_source(str(path)).path, dtype=torch.float32).eval()
 
 
-def overhead_bits(config: PreTrainedConfig, router_hidden: int) -> tuple[float, float]:
+def overhead_bits(config: ModelSpec, router_hidden: int) -> tuple[float, float]:
     """Bits per routed weight of scales with offsets, and of routers, as the GGUF file stores them, padding included."""
     shapes = linear_shapes(config)
     weights = sum(rows * columns for rows, columns in shapes.values())
@@ -115,8 +121,8 @@ def overhead_bits(config: PreTrainedConfig, router_hidden: int) -> tuple[float, 
     return 8 * tiles * TILE_ROWS * 2 * 2 / weights, 8 * routers / weights
 
 
-def _read_tokenizer(path: Path, config: PreTrainedConfig) -> Tokenizer:
-    vocabulary = read_vocabulary(path, config.vocab_size)
+def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    vocabulary = read_vocabulary(path, vocab_size)
     return Tokenizer(
         vocabulary.tokenizer_json,
         bos=vocabulary.bos_token,

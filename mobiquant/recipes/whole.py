@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mobiquant.architectures import UnsupportedModelError
 from mobiquant.checkpoint import LINEARS, block_name
 from mobiquant.config import CalibrationSettings
-from mobiquant.models import UnsupportedModelError, hidden_bytes, linear_shapes
+from mobiquant.models import hidden_bytes, linear_shapes
 from mobiquant.recipes import ModelTask
 from mobiquant.sensitivity import position_embeddings
 from mobiquant.source import Source
@@ -28,6 +29,7 @@ class WholeModel:
 
     def __init__(self, task: ModelTask, replace: Callable[[str, Tensor], nn.Module]):
         source, device = task.source, task.device
+        self._source = source
         self.layers: dict[str, nn.Module] = {}
         self._blocks: list[nn.Module] = []
         for index in range(source.block_count):
@@ -40,7 +42,7 @@ class WholeModel:
                 self.layers[block_name(index, name)] = layer
                 block.set_submodule(name, layer)
             self._blocks.append(block)
-        self._embedding = source.embedding().to(device)
+        self._embedding = source.embedding().to(device) * source.config.embedding_scale
         self._norm, self._head = source.final_norm().to(device), source.head().to(device)
         self._positions = position_embeddings(source, task.settings.seq_len, device)
 
@@ -67,7 +69,7 @@ class WholeModel:
             for block in self._blocks:
                 hidden = block(hidden, position_embeddings=self._positions)
         # In float32: a rounded logit would be an error of its own, of the size of the deepest slices'.
-        return functional.linear(self._norm(hidden), self._head).log_softmax(-1)
+        return self._source.capped(functional.linear(self._norm(hidden), self._head)).log_softmax(-1)
 
 
 def fits(source: Source, settings: CalibrationSettings, device: torch.device) -> bool:

@@ -73,9 +73,12 @@ INLINE void score_chunk(bool int8, size_t queries, const float *const query[QUER
 }
 
 /* Scores of positions from .. seen − 1 become weights; the part's tail gets their sum and the largest score. */
-static void weigh(float *score, size_t from, size_t seen, float *tail)
+static void weigh(float *score, size_t from, size_t seen, float cap, float *tail)
 {
     const size_t start = from - from % LANES, whole = seen - seen % LANES;
+    for (size_t p = start; cap != 0.0f && p < seen; p += LANES) {
+        v_store(score + p, v_soft_cap(v_load(score + p), cap));
+    }
     for (size_t p = start; p < from; p++) {
         score[p] = -INFINITY;
     }
@@ -191,7 +194,7 @@ INLINE void attend_together(size_t queries, const float *const query[QUERIES], c
         score_chunk(false, queries, query, stored, first, blocks, all->head_dim, all->scale, weight);
     }
     for (size_t q = 0; q < queries; q++) {
-        weigh(weight + q * MQ_ATTENTION_CHUNK, seen[q].from, seen[q].to, part[q] + v->stride);
+        weigh(weight + q * MQ_ATTENTION_CHUNK, seen[q].from, seen[q].to, all->softcap, part[q] + v->stride);
     }
     if (stored->value_scale != NULL) {
         sum_chunk(true, queries, weight, v, seen, part);

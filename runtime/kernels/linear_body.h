@@ -347,6 +347,8 @@ static void router_hidden(const int8_t *hidden, size_t n_hidden, const int8_t *q
         .attend = attend,                 \
         .join = join,                     \
         .swiglu = swiglu,                 \
+        .geglu = geglu,                   \
+        .softcap = softcap,               \
         .add = add,                       \
         .to_f16 = to_f16,                 \
     };

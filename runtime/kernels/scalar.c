@@ -43,6 +43,11 @@ static float exponential(float x)
     return p * power;
 }
 
+static float soft_cap(float x, float cap)
+{
+    return cap - 2.0f * cap / (1.0f + exponential(x * (2.0f / cap)));
+}
+
 static float quantize(const float *x, size_t columns, int8_t *q, float *scale, float *sum)
 {
     float squares = 0.0f;
@@ -197,6 +202,9 @@ static void attend_one(const mq_queries *queries, const float *query, size_t fro
             dot = fmaf(query[i], key_at(stored, dim, p, i), dot);
         }
         weight[p] = dot * queries->scale;
+        if (queries->softcap != 0.0f) {
+            weight[p] = soft_cap(weight[p], queries->softcap);
+        }
         largest = weight[p] > largest ? weight[p] : largest;
     }
     for (size_t p = from; p < seen; p++) {
@@ -245,6 +253,21 @@ static void swiglu(float *gate, const float *up, size_t n)
     }
 }
 
+static void geglu(float *gate, const float *up, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        const float z = gate[i] * fmaf(gate[i] * gate[i], MQ_GELU_CUBIC, MQ_GELU_LINEAR);
+        gate[i] = gate[i] / (1.0f + exponential(-z)) * up[i];
+    }
+}
+
+static void softcap(float *x, size_t n, float cap)
+{
+    for (size_t i = 0; i < n; i++) {
+        x[i] = soft_cap(x[i], cap);
+    }
+}
+
 static void add(float *x, const float *y, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
@@ -270,6 +293,8 @@ const mq_kernels mq_kernels_scalar = {
     .attend = attend,
     .join = join,
     .swiglu = swiglu,
+    .geglu = geglu,
+    .softcap = softcap,
     .add = add,
     .to_f16 = to_f16,
 };

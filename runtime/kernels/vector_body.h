@@ -101,6 +101,42 @@ static void swiglu(float *gate, const float *up, size_t n)
     }
 }
 
+static inline v16 v_gelu_times(v16 gate, v16 up)
+{
+    const v16 z = v_mul(gate, v_fma(v_mul(gate, gate), v_set(MQ_GELU_CUBIC), v_set(MQ_GELU_LINEAR)));
+    const v16 e = v_exponential(v_sub(v_zero(), z));
+    return v_mul(v_div(gate, v_add(v_set(1.0f), e)), up);
+}
+
+static void geglu(float *gate, const float *up, size_t n)
+{
+    const size_t whole = n - n % LANES;
+    for (size_t i = 0; i < whole; i += LANES) {
+        v_store(gate + i, v_gelu_times(v_load(gate + i), v_load(up + i)));
+    }
+    if (whole < n) {
+        const v16 y = v_gelu_times(v_load_part(gate + whole, n - whole), v_load_part(up + whole, n - whole));
+        v_store_part(gate + whole, n - whole, y);
+    }
+}
+
+static inline v16 v_soft_cap(v16 x, float cap)
+{
+    const v16 e = v_exponential(v_mul(x, v_set(2.0f / cap)));
+    return v_sub(v_set(cap), v_div(v_set(2.0f * cap), v_add(v_set(1.0f), e)));
+}
+
+static void softcap(float *x, size_t n, float cap)
+{
+    const size_t whole = n - n % LANES;
+    for (size_t i = 0; i < whole; i += LANES) {
+        v_store(x + i, v_soft_cap(v_load(x + i), cap));
+    }
+    if (whole < n) {
+        v_store_part(x + whole, n - whole, v_soft_cap(v_load_part(x + whole, n - whole), cap));
+    }
+}
+
 static void add(float *x, const float *y, size_t n)
 {
     const size_t whole = n - n % LANES;

@@ -16,14 +16,35 @@ enum { CHUNKS_PER_ITEM = 4 };
 typedef struct attention {
     mq_session *session;
     const mq_hparams *hparams;
+    const mq_block *block;
     const mq_cache *cache; /* of the block */
-    size_t window;         /* of the block; 0: none */
     size_t n, end;         /* tokens; positions once they are in the cache */
 } attention;
 
 static size_t smaller(size_t a, size_t b)
 {
     return a < b ? a : b;
+}
+
+/* One token's heads [heads][head_dim] of queries or keys, as they meet in the scores: bias, norm of every head, rotation. */
+static void turn_heads(const attention *a, float *heads, size_t count, const float *bias, const float *norm, size_t position)
+{
+    const mq_session *s = a->session;
+    const mq_hparams *hp = a->hparams;
+    const size_t dim = hp->head_dim, half = hp->rope_dim / 2;
+    if (bias != NULL) {
+        s->kernels->add(heads, bias, count * dim);
+    }
+    for (size_t h = 0; h < count; h++) {
+        float *head = heads + h * dim;
+        if (norm != NULL) {
+            s->kernels->rmsnorm(head, norm, dim, hp->rms_epsilon, head);
+        }
+        if (a->block->rope != MQ_ROPE_NONE) {
+            const size_t table = a->block->rope - MQ_ROPE_MAIN;
+            s->kernels->rope(head, s->cosine[table] + position * half, s->sine[table] + position * half, hp->rope_dim);
+        }
+    }
 }
 
 /* Item: tokens whose positions share MQ_KEY_POSITIONS, so that no two threads write to one cache line. */
@@ -37,14 +58,15 @@ static void store_item(void *argument, size_t item, uint32_t thread)
     const size_t last = smaller(aligned + MQ_KEY_POSITIONS, a->end);
     for (size_t position = aligned > s->position ? aligned : s->position; position < last; position++) {
         const size_t token = position - s->position;
-        const float *cosine = s->cosine + position * (dim / 2), *sine = s->sine + position * (dim / 2);
-        for (size_t h = 0; h < hp->head_count; h++) {
-            s->kernels->rope(s->batch.q + (token * hp->head_count + h) * dim, cosine, sine, dim);
+        const size_t kv_width = (size_t)hp->head_count_kv * dim;
+        float *keys = s->batch.k + token * kv_width, *values = s->batch.v + token * kv_width;
+        turn_heads(a, s->batch.q + token * hp->head_count * dim, hp->head_count, a->block->bias[0], a->block->q_norm, position);
+        turn_heads(a, keys, hp->head_count_kv, a->block->bias[1], a->block->k_norm, position);
+        if (a->block->bias[2] != NULL) {
+            s->kernels->add(values, a->block->bias[2], kv_width);
         }
         for (size_t h = 0; h < hp->head_count_kv; h++) {
-            const size_t at = (token * hp->head_count_kv + h) * dim;
-            s->kernels->rope(s->batch.k + at, cosine, sine, dim);
-            mq_cache_put(a->cache, s->kernels, h, position, s->batch.k + at, s->batch.v + at);
+            mq_cache_put(a->cache, s->kernels, h, position, keys + h * dim, values + h * dim);
         }
     }
 }
@@ -56,13 +78,14 @@ static mq_queries queries_of(const attention *a, size_t head, size_t first, size
     const size_t shared = hp->head_count / hp->head_count_kv, stride = (size_t)hp->head_count * hp->head_dim;
     return (mq_queries){.query = a->session->batch.q + first * stride + head * shared * hp->head_dim, .tokens = count,
                         .token_stride = stride, .heads = shared, .head_dim = hp->head_dim,
-                        .scale = a->session->attention_scale, .window = a->window};
+                        .scale = hp->attention_scale, .softcap = hp->attention_softcap, .window = a->block->window};
 }
 
 /* The first position that a token at `position` sees. */
 static size_t oldest_seen(const attention *a, size_t position)
 {
-    return a->window != 0 && position + 1 > a->window ? position + 1 - a->window : 0;
+    const size_t window = a->block->window;
+    return window != 0 && position + 1 > window ? position + 1 - window : 0;
 }
 
 /* `seen`: positions up to and with that of the queries' first token. */
@@ -166,8 +189,8 @@ static void join_chunks(const attention *a, size_t head)
 void mq_attention_run(mq_session *session, uint32_t block, uint32_t n)
 {
     const mq_hparams *hp = &session->model->hparams;
-    attention a = {.session = session, .hparams = hp, .cache = &session->caches[block],
-                   .window = session->model->blocks[block].window, .n = n, .end = (size_t)session->position + n};
+    attention a = {.session = session, .hparams = hp, .block = &session->model->blocks[block], .cache = &session->caches[block],
+                   .n = n, .end = (size_t)session->position + n};
     const size_t heads = hp->head_count_kv;
     mq_pool_run(session->pool, store_item, &a, (a.end - 1) / MQ_KEY_POSITIONS - session->position / MQ_KEY_POSITIONS + 1);
     if (n > 1) {

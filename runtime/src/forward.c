@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "session.h"
 
+#include <stdbool.h>
 #include <string.h>
 
 typedef struct pass {
@@ -18,6 +19,8 @@ typedef struct pass {
     const float *norm;   /* NULL: no norm */
     const mq_router *router; /* NULL: nothing to route (output head) */
     size_t first_linear; /* of the router's, 0..6 */
+    const float *branch_bias, *branch_norm; /* of what is added to the residual stream; NULL: none */
+    float *logits;       /* [n][vocab_size], of run_output */
 } pass;
 
 static uint8_t *depths_at(const pass *p, size_t token)
@@ -101,22 +104,39 @@ static void run_point(pass *p, size_t point, const float *source, size_t stride,
     mq_linear_run(s->kernels, s->pool, &s->batch.activations, jobs, p->router->linears);
 }
 
-static void swiglu_token(void *argument, size_t token, uint32_t thread)
+static void activate_token(void *argument, size_t token, uint32_t thread)
 {
     (void)thread;
     const pass *p = argument;
+    const mq_kernels *kernels = p->session->kernels;
     mq_batch *batch = &p->session->batch;
     const size_t ff = p->model->hparams.feed_forward_length;
-    p->session->kernels->swiglu(batch->gate + token * ff, batch->up + token * ff, ff);
+    const bool gelu = p->model->hparams.activation == MQ_ACTIVATION_GELU_TANH;
+    (gelu ? kernels->geglu : kernels->swiglu)(batch->gate + token * ff, batch->up + token * ff, ff);
 }
 
+/* The branch, with its bias and norm if any, joins the residual stream. */
 static void add_token(void *argument, size_t token, uint32_t thread)
 {
     (void)thread;
     const pass *p = argument;
-    mq_batch *batch = &p->session->batch;
+    const mq_kernels *kernels = p->session->kernels;
     const size_t width = p->model->hparams.embedding_length;
-    p->session->kernels->add(batch->x + token * width, batch->branch + token * width, width);
+    float *branch = p->session->batch.branch + token * width;
+    if (p->branch_bias != NULL) {
+        kernels->add(branch, p->branch_bias, width);
+    }
+    if (p->branch_norm != NULL) {
+        kernels->rmsnorm(branch, p->branch_norm, width, p->model->hparams.rms_epsilon, branch);
+    }
+    kernels->add(p->session->batch.x + token * width, branch, width);
+}
+
+static void add_branch(pass *p, const float *bias, const float *norm)
+{
+    p->branch_bias = bias;
+    p->branch_norm = norm;
+    mq_pool_run(p->session->pool, add_token, p, p->n);
 }
 
 static void run_block(pass *p)
@@ -128,12 +148,20 @@ static void run_block(pass *p)
     run_point(p, 0, batch->x, width, p->block->attn_norm, (float *const[]){batch->q, batch->k, batch->v});
     mq_attention_run(s, p->block_index, p->n);
     run_point(p, 1, batch->attended, q_width, NULL, (float *const[]){batch->branch});
-    mq_pool_run(s->pool, add_token, p, p->n);
+    add_branch(p, p->block->bias[3], p->block->attn_post_norm);
     run_point(p, 2, batch->x, width, p->block->ffn_norm, (float *const[]){batch->gate, batch->up});
-    mq_pool_run(s->pool, swiglu_token, p, p->n);
+    mq_pool_run(s->pool, activate_token, p, p->n);
     run_point(p, 3, batch->gate, ff, NULL, (float *const[]){batch->branch});
-    mq_pool_run(s->pool, add_token, p, p->n);
-    s->stats.bytes_read += (uint64_t)p->n * 2 * width * sizeof(float);
+    add_branch(p, NULL, p->block->ffn_post_norm);
+    s->stats.bytes_read += (uint64_t)p->n * p->block->vector_bytes;
+}
+
+static void cap_token(void *argument, size_t token, uint32_t thread)
+{
+    (void)thread;
+    const pass *p = argument;
+    const mq_hparams *hp = &p->model->hparams;
+    p->session->kernels->softcap(p->logits + token * hp->vocab_size, hp->vocab_size, hp->output_softcap);
 }
 
 /* Logits of the last n_logits tokens; the head has one depth for all of them. */
@@ -149,6 +177,10 @@ static void run_output(pass *p, float *logits, uint32_t n_logits)
     const uint8_t depth = (uint8_t)s->output_depth;
     mq_linear_sort(&job, &depth, 0, n_logits, s->batch.order[0]);
     mq_linear_run(s->kernels, s->pool, &s->batch.activations, &job, 1);
+    if (hp->output_softcap != 0.0f) {
+        p->logits = logits;
+        mq_pool_run(s->pool, cap_token, p, n_logits);
+    }
     s->stats.bytes_read += n_logits * ((uint64_t)mq_matrix_bytes(&p->model->output, depth) + hp->embedding_length * sizeof(float));
 }
 
@@ -158,8 +190,11 @@ void mq_forward(mq_session *session, const int32_t *tokens, uint32_t n, float *l
     const mq_hparams *hp = &model->hparams;
     pass p = {.session = session, .model = model, .n = n};
     for (uint32_t t = 0; t < n; t++) {
-        mq_embedding_row(&model->embedding, hp->embedding_depth, (uint32_t)tokens[t],
-                         session->batch.x + (size_t)t * hp->embedding_length);
+        float *x = session->batch.x + (size_t)t * hp->embedding_length;
+        mq_embedding_row(&model->embedding, hp->embedding_depth, (uint32_t)tokens[t], x);
+        for (uint32_t i = 0; hp->embedding_scale != 1.0f && i < hp->embedding_length; i++) {
+            x[i] *= hp->embedding_scale;
+        }
     }
     session->stats.tokens += n;
     session->stats.bytes_read += n * ((uint64_t)mq_matrix_bytes(&model->embedding, hp->embedding_depth) / hp->vocab_size);

@@ -9,6 +9,7 @@
 #include "memory.h"
 
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -406,4 +407,28 @@ mq_status gguf_expect_string(const gguf_file *file, const char *name, const char
                        (const char *)key->value);
     }
     return MQ_OK;
+}
+
+mq_status gguf_choice(const gguf_file *file, const char *name, const char *const *choices, size_t count, uint32_t *index,
+                      mq_error *error)
+{
+    const gguf_key *key = NULL;
+    const mq_status status = find_typed(file, name, GGUF_STRING, "a string", &key, error);
+    if (status != MQ_OK) {
+        return status;
+    }
+    char list[256] = "";
+    size_t used = 0;
+    for (size_t i = 0; i < count; i++) {
+        const size_t size = strlen(choices[i]);
+        if (key->count == size && memcmp(key->value, choices[i], size) == 0) {
+            *index = (uint32_t)i;
+            return MQ_OK;
+        }
+        const int written = snprintf(list + used, sizeof list - used, "%s%s", i > 0 ? ", " : "", choices[i]);
+        used = written > 0 && (size_t)written < sizeof list - used ? used + (size_t)written : used;
+    }
+    const int shown = key->count < 64 ? (int)key->count : 64;
+    return mq_fail(error, MQ_ERR_UNSUPPORTED, "%s: key '%s': expected one of %s, found '%.*s'", file->path, name, list, shown,
+                   (const char *)key->value);
 }

@@ -58,5 +58,8 @@ mq_status gguf_f32(const gguf_file *file, const char *name, float *value, mq_err
 /* A required string must equal `expected`, else `status`. */
 mq_status gguf_expect_string(const gguf_file *file, const char *name, const char *expected, mq_status status,
                              mq_error *error);
+/* A required string must be one of `choices`; *index is its place. MQ_ERR_UNSUPPORTED lists them. */
+mq_status gguf_choice(const gguf_file *file, const char *name, const char *const *choices, size_t count, uint32_t *index,
+                      mq_error *error);
 
 #endif

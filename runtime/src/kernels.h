@@ -35,7 +35,8 @@ typedef struct mq_activations {
 typedef struct mq_queries {
     const float *query;
     size_t tokens, token_stride, heads, head_dim;
-    float scale; /* of the scores */
+    float scale;   /* of the scores */
+    float softcap; /* of the scaled scores, as in the kernel of that name; 0: none */
     size_t window; /* positions that a token sees, its own counted; 0: all */
 } mq_queries;
 
@@ -74,6 +75,10 @@ typedef struct mq_kernels {
     void (*join)(float *part, const float *next, size_t head_dim);
     /* gate = silu(gate) · up */
     void (*swiglu)(float *gate, const float *up, size_t n);
+    /* gate = gelu(gate) · up, GELU in its tanh form */
+    void (*geglu)(float *gate, const float *up, size_t n);
+    /* x = cap · tanh(x / cap) */
+    void (*softcap)(float *x, size_t n, float cap);
     /* x += y */
     void (*add)(float *x, const float *y, size_t n);
     /* f16 = round_half_even(x) */

@@ -27,8 +27,19 @@
 #define MQ_KEY_HEAD_COUNT_KV "mobiquant.attention.head_count_kv"
 #define MQ_KEY_HEAD_DIM "mobiquant.attention.key_length"
 #define MQ_KEY_RMS_EPSILON "mobiquant.attention.layer_norm_rms_epsilon"
+#define MQ_KEY_ATTENTION_SCALE "mobiquant.attention.scale"
+#define MQ_KEY_ATTENTION_SOFTCAP "mobiquant.attn_logit_softcapping"
+#define MQ_KEY_OUTPUT_SOFTCAP "mobiquant.final_logit_softcapping"
 #define MQ_KEY_SLIDING_WINDOW "mobiquant.attention.sliding_window"
 #define MQ_KEY_SLIDING_WINDOW_PATTERN "mobiquant.attention.sliding_window_pattern"
+#define MQ_KEY_ROPE_DIMENSION "mobiquant.rope.dimension_count"
+#define MQ_KEY_ROPE_PATTERN "mobiquant.rope.pattern"
+#define MQ_KEY_ROPE_SCALING "mobiquant.rope.scaling.type"
+#define MQ_KEY_ROPE_FACTOR "mobiquant.rope.scaling.factor"
+#define MQ_KEY_ROPE_ORIGINAL "mobiquant.rope.scaling.original_context_length"
+#define MQ_KEY_ROPE_ATTENTION "mobiquant.rope.scaling.attn_factor"
+#define MQ_KEY_ACTIVATION "mobiquant.hidden_activation"
+#define MQ_KEY_EMBEDDING_SCALE "mobiquant.embedding_scale"
 #define MQ_KEY_SLICE_COUNT "mobiquant.slice.count"
 #define MQ_KEY_SLICE_BITS "mobiquant.slice.bits"
 #define MQ_KEY_GROUP_SIZE "mobiquant.slice.group_size"
@@ -44,13 +55,27 @@
 #define MQ_TENSOR_OUTPUT "output"
 #define MQ_TENSOR_OUTPUT_NORM "output_norm.weight"
 #define MQ_TENSOR_ROPE "rope_inv_freq"
+#define MQ_TENSOR_ROPE_LOCAL "rope_inv_freq_swa"
 #define MQ_TENSOR_ATTN_NORM "attn_norm.weight"
 #define MQ_TENSOR_FFN_NORM "ffn_norm.weight"
+#define MQ_TENSOR_ATTN_POST_NORM "post_attention_norm.weight"
+#define MQ_TENSOR_FFN_POST_NORM "post_ffw_norm.weight"
+#define MQ_TENSOR_Q_NORM "attn_q_norm.weight"
+#define MQ_TENSOR_K_NORM "attn_k_norm.weight"
 #define MQ_SUFFIX_SCALE_OFFSET "scale_offset"
 #define MQ_ROUTER_THRESHOLD "threshold"
+#define MQ_SUFFIX_BIAS "bias"
+
+/* Whose forward pass the flags of the file may describe: a file of another one may need a flag that is not known here. */
+#define MQ_BASE_ARCHITECTURES {"llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "gemma2", "gemma3"}
+/* In the order of MQ_ACTIVATION_SILU and the following (hparams.h). */
+#define MQ_ACTIVATIONS {"silu", "gelu_tanh"}
+/* In the order of MQ_SCALING_NONE and the following (hparams.h). */
+#define MQ_ROPE_SCALINGS {"none", "linear", "dynamic", "llama3", "yarn"}
 
 /* Linears of a block, in the order of the depth record, and the routers (points) that serve them. */
 #define MQ_LINEARS 7
+#define MQ_BIASES 4 /* the first linears, those of attention, may have one */
 #define MQ_LINEAR_NAMES {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
 #define MQ_ROUTERS 4
 #define MQ_ROUTER_NAMES {"attn_in", "attn_out", "ffn_in", "ffn_down"}

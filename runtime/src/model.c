@@ -8,6 +8,7 @@
 #include "static_order.h"
 
 #include <inttypes.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -126,6 +127,52 @@ static mq_status bind_router(binder *b, uint32_t block, size_t point, uint32_t c
     return status;
 }
 
+/* Flags of the block, and the vectors that block 0 has, which then every block must have. */
+static mq_status bind_vectors(binder *b, uint32_t index, const uint32_t rows[MQ_LINEARS], mq_block *block)
+{
+    const mq_hparams *hp = &b->model->hparams;
+    const mq_block *first = &b->model->blocks[0];
+    const uint32_t width = hp->embedding_length;
+    const struct {
+        const char *name;
+        uint32_t count;
+        bool required;
+        const float **data;
+        const float *in_first;
+    } vectors[] = {
+        {MQ_TENSOR_ATTN_NORM, width, true, &block->attn_norm, first->attn_norm},
+        {MQ_TENSOR_FFN_NORM, width, true, &block->ffn_norm, first->ffn_norm},
+        {MQ_TENSOR_ATTN_POST_NORM, width, false, &block->attn_post_norm, first->attn_post_norm},
+        {MQ_TENSOR_FFN_POST_NORM, width, false, &block->ffn_post_norm, first->ffn_post_norm},
+        {MQ_TENSOR_Q_NORM, hp->head_dim, false, &block->q_norm, first->q_norm},
+        {MQ_TENSOR_K_NORM, hp->head_dim, false, &block->k_norm, first->k_norm},
+        {"attn_q." MQ_SUFFIX_BIAS, rows[0], false, &block->bias[0], first->bias[0]},
+        {"attn_k." MQ_SUFFIX_BIAS, rows[1], false, &block->bias[1], first->bias[1]},
+        {"attn_v." MQ_SUFFIX_BIAS, rows[2], false, &block->bias[2], first->bias[2]},
+        {"attn_output." MQ_SUFFIX_BIAS, rows[3], false, &block->bias[3], first->bias[3]},
+    };
+    char name[NAME_SIZE];
+    mq_status status = MQ_OK;
+    for (size_t i = 0; i < sizeof vectors / sizeof *vectors && status == MQ_OK; i++) {
+        (void)snprintf(name, sizeof name, "blk.%" PRIu32 ".%s", index, vectors[i].name);
+        const bool expected = index == 0 ? gguf_find_tensor(&b->model->file, name) != NULL : vectors[i].in_first != NULL;
+        if (vectors[i].required || expected) {
+            status = bind_f32(b, name, vectors[i].count, vectors[i].data);
+            block->vector_bytes += vectors[i].count * sizeof(float);
+        }
+    }
+    uint32_t windowed = 1;
+    block->rope = MQ_ROPE_MAIN;
+    if (status == MQ_OK) {
+        status = mq_hparams_of_block(&b->model->file, MQ_KEY_ROPE_PATTERN, hp, index, MQ_ROPES, &block->rope, b->error);
+    }
+    if (status == MQ_OK) {
+        status = mq_hparams_of_block(&b->model->file, MQ_KEY_SLIDING_WINDOW_PATTERN, hp, index, 1, &windowed, b->error);
+    }
+    block->window = windowed ? hp->sliding_window : 0;
+    return status;
+}
+
 static mq_status bind_block(binder *b, uint32_t index, mq_block *block)
 {
     const mq_hparams *hp = &b->model->hparams;
@@ -134,17 +181,7 @@ static mq_status bind_block(binder *b, uint32_t index, mq_block *block)
     const uint32_t rows[MQ_LINEARS] = {q_width, kv_width, kv_width, width, ff, ff, width};
     const uint32_t columns[MQ_LINEARS] = {width, width, width, q_width, width, width, ff};
     char name[NAME_SIZE];
-    uint32_t windowed = 1;
-    mq_status status = mq_hparams_of_block(&b->model->file, MQ_KEY_SLIDING_WINDOW_PATTERN, hp, index, 1, &windowed, b->error);
-    block->window = windowed ? hp->sliding_window : 0;
-    if (status == MQ_OK) {
-        (void)snprintf(name, sizeof name, "blk.%" PRIu32 "." MQ_TENSOR_ATTN_NORM, index);
-        status = bind_f32(b, name, width, &block->attn_norm);
-    }
-    if (status == MQ_OK) {
-        (void)snprintf(name, sizeof name, "blk.%" PRIu32 "." MQ_TENSOR_FFN_NORM, index);
-        status = bind_f32(b, name, width, &block->ffn_norm);
-    }
+    mq_status status = bind_vectors(b, index, rows, block);
     for (size_t i = 0; i < MQ_LINEARS && status == MQ_OK; i++) {
         (void)snprintf(name, sizeof name, "blk.%" PRIu32 ".%s", index, LINEAR_NAMES[i]);
         status = bind_matrix(b, name, rows[i], columns[i], 1, &block->linear[i]);
@@ -163,7 +200,7 @@ static mq_status bind_all(binder *b)
     const mq_hparams *hp = &model->hparams;
     mq_status status = bind_f32(b, MQ_TENSOR_OUTPUT_NORM, hp->embedding_length, &model->output_norm);
     if (status == MQ_OK) {
-        status = bind_f32(b, MQ_TENSOR_ROPE, hp->head_dim / 2, &model->inv_freq);
+        status = bind_f32(b, MQ_TENSOR_ROPE, hp->rope_dim / 2, &model->inv_freq[0]);
     }
     const int32_t tied = gguf_find_tensor(&model->file, MQ_TENSOR_OUTPUT "." MQ_SUFFIX_SCALE_OFFSET) == NULL;
     const uint32_t embedding_needed =
@@ -178,6 +215,9 @@ static mq_status bind_all(binder *b)
     }
     for (uint32_t i = 0; i < hp->block_count && status == MQ_OK; i++) {
         status = bind_block(b, i, &model->blocks[i]);
+        if (status == MQ_OK && model->blocks[i].rope == MQ_ROPE_LOCAL && model->inv_freq[1] == NULL) {
+            status = bind_f32(b, MQ_TENSOR_ROPE_LOCAL, hp->rope_dim / 2, &model->inv_freq[1]);
+        }
     }
     if (status == MQ_OK && b->bound != model->file.tensor_count) {
         return mq_fail(b->error, MQ_ERR_FORMAT, "%s: expected %zu tensors, found %zu: some belong to no layer",

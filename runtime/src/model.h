@@ -19,8 +19,14 @@ typedef struct mq_router {
     uint32_t columns, groups;    /* of the input */
 } mq_router;
 
+/* Vectors that an architecture does not have are NULL in every block. */
 typedef struct mq_block {
-    const float *attn_norm, *ffn_norm;  /* [embedding_length] */
+    const float *attn_norm, *ffn_norm;           /* [embedding_length], of the inputs of attention and feed-forward */
+    const float *attn_post_norm, *ffn_post_norm; /* [embedding_length], of what they add to the residual stream */
+    const float *q_norm, *k_norm;       /* [head_dim], of every head before the rotation */
+    const float *bias[MQ_BIASES];       /* [rows] of the first linears */
+    size_t vector_bytes;                /* of all these */
+    uint32_t rope;                      /* MQ_ROPE_...: the table its heads are rotated by */
     uint32_t window;                    /* positions that a token sees, its own counted; 0: all */
     mq_matrix linear[MQ_LINEARS];       /* order of MQ_LINEAR_NAMES */
     mq_router router[MQ_ROUTERS];       /* order of MQ_ROUTER_NAMES */
@@ -34,7 +40,7 @@ struct mq_model {
     mq_block *blocks;      /* [block_count] */
     mq_matrix embedding, output; /* output is the embedding when tied */
     const float *output_norm;
-    const float *inv_freq; /* [head_dim / 2] */
+    const float *inv_freq[MQ_ROPES]; /* [rope_dim / 2], of MQ_ROPE_MAIN and _LOCAL; NULL: no block uses it */
     const uint8_t *checksums; /* u32 [tensor_count + 1] in the file, unaligned (check.h); NULL: it has none */
     uint32_t *static_order; /* [3·7·block_count] (static_order.h); NULL: the file has none */
     mq_model_info info;

@@ -6,6 +6,7 @@
 #include "definition.h"
 #include "error.h"
 #include "memory.h"
+#include "rope.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -109,11 +110,15 @@ static int32_t allocate_caches(mq_session *session)
 static int32_t allocate(mq_session *session, uint32_t n_threads)
 {
     const mq_hparams *hp = &session->model->hparams;
-    const size_t ctx = session->n_ctx, half = hp->head_dim / 2;
+    const size_t ctx = session->n_ctx, half = hp->rope_dim / 2;
     int32_t failed = allocate_batch(session);
     failed |= allocate_caches(session);
-    session->cosine = own(session, product(ctx, half, 1), sizeof(float), &failed);
-    session->sine = own(session, product(ctx, half, 1), sizeof(float), &failed);
+    for (size_t i = 0; i < MQ_ROPES; i++) {
+        if (session->model->inv_freq[i] != NULL) {
+            session->cosine[i] = own(session, product(ctx, half, 1), sizeof(float), &failed);
+            session->sine[i] = own(session, product(ctx, half, 1), sizeof(float), &failed);
+        }
+    }
     session->depths = own(session, product(ctx, hp->block_count, MQ_LINEARS), sizeof(uint8_t), &failed);
     session->table = own(session, product(hp->block_count, MQ_LINEARS, 1), sizeof(uint8_t), &failed);
     session->thresholds = own(session, product(hp->block_count, MQ_LINEARS, MQ_GATES), sizeof(float), &failed);
@@ -129,19 +134,6 @@ static int32_t allocate(mq_session *session, uint32_t n_threads)
     const size_t chunks = (ctx + MQ_ATTENTION_CHUNK - 1) / MQ_ATTENTION_CHUNK;
     session->parts = own(session, product(hp->head_count, chunks, part), sizeof(float), &failed);
     return failed;
-}
-
-/* Angles in float32 like the reference's, the cosine itself in double. */
-static void fill_rope(mq_session *session)
-{
-    const size_t half = session->model->hparams.head_dim / 2;
-    for (size_t p = 0; p < session->n_ctx; p++) {
-        for (size_t i = 0; i < half; i++) {
-            const float angle = (float)p * session->model->inv_freq[i];
-            session->cosine[p * half + i] = (float)cos((double)angle);
-            session->sine[p * half + i] = (float)sin((double)angle);
-        }
-    }
 }
 
 static mq_status check_options(const mq_model *model, const mq_session_options *options, mq_session *session, mq_error *error)
@@ -184,7 +176,6 @@ mq_status mq_session_open(const mq_model *model, const mq_session_options *optio
         return mq_fail(error, MQ_ERR_MEMORY, "cannot allocate a session");
     }
     session->model = model;
-    session->attention_scale = 1.0f / sqrtf((float)model->hparams.head_dim);
     session->output_depth = model->hparams.output_depth;
     atomic_flag_clear(&session->busy);
     const uint32_t n_threads = options->n_threads == 0 ? 1 : options->n_threads;
@@ -200,7 +191,11 @@ mq_status mq_session_open(const mq_model *model, const mq_session_options *optio
         mq_session_close(session);
         return status;
     }
-    fill_rope(session);
+    for (size_t i = 0; i < MQ_ROPES; i++) {
+        if (model->inv_freq[i] != NULL) {
+            mq_rope_fill(model, i, session->n_ctx, session->cosine[i], session->sine[i]);
+        }
+    }
     memset(session->table, (int)model->info.max_depth, (size_t)model->hparams.block_count * MQ_LINEARS);
     *out = session;
     return MQ_OK;

@@ -34,7 +34,6 @@ struct mq_session {
     atomic_flag busy;
     uint32_t n_ctx, n_batch;
     uint32_t position;
-    float attention_scale; /* 1 / sqrt(head_dim) */
     float asked_bits;      /* routed: the average asked for; 0: depths from the table */
     uint32_t stretch_end;  /* routed: the thresholds hold for positions before this one; 0: they must be set */
     uint32_t output_depth;
@@ -45,7 +44,7 @@ struct mq_session {
     mq_cache_type key_type, value_type;
     size_t cache_bytes;    /* of their keys and values */
     uint32_t oldest;       /* position from which on rings hold everything; 0 without a window */
-    float *cosine, *sine;  /* [n_ctx][head_dim / 2] */
+    float *cosine[MQ_ROPES], *sine[MQ_ROPES]; /* [n_ctx][rope_dim / 2]; NULL: no block uses the table */
     uint8_t *depths;       /* [n_ctx][block][7] */
     mq_batch batch;
     mq_scratch *scratch;   /* [threads] */

@@ -50,10 +50,13 @@ static uint64_t fingerprint(const mq_model *model)
 {
     const mq_hparams *hp = &model->hparams;
     const uint32_t shape[] = {hp->vocab_size, hp->context_length, hp->embedding_length, hp->block_count, hp->feed_forward_length,
-                              hp->head_count, hp->head_count_kv, hp->head_dim, hp->embedding_depth, hp->router_hidden};
+                              hp->head_count, hp->head_count_kv, hp->head_dim, hp->embedding_depth, hp->router_hidden, hp->rope_scaling,
+                              hp->rope_original};
+    const float rope[] = {hp->rope_factor, hp->rope_attention};
     const size_t width = hp->embedding_length * sizeof(float);
     uint64_t value = hash(HASH_START, shape, sizeof shape);
-    value = hash(value, model->inv_freq, hp->head_dim / 2 * sizeof(float));
+    value = hash(value, model->inv_freq[0], hp->rope_dim / 2 * sizeof(float));
+    value = hash(value, rope, sizeof rope);
     value = hash(value, model->output_norm, width);
     value = hash(value, model->embedding.plane[0], SAMPLE);
     for (uint32_t i = 0; i < hp->block_count; i++) {

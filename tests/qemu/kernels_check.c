@@ -186,6 +186,16 @@ static void check_vectors(const mq_kernels *ours, const mq_kernels *scalar, floa
     }
     expect_same(ours->name, "swiglu", n, 0, y[0], y[1], bytes);
     for (int i = 0; i < 2; i++) {
+        memcpy(y[i], x, bytes);
+        (i == 0 ? ours : scalar)->geglu(y[i], weight, n);
+    }
+    expect_same(ours->name, "geglu", n, 0, y[0], y[1], bytes);
+    for (int i = 0; i < 2; i++) {
+        memcpy(y[i], x, bytes);
+        (i == 0 ? ours : scalar)->softcap(y[i], n, 2.0f);
+    }
+    expect_same(ours->name, "softcap", n, 0, y[0], y[1], bytes);
+    for (int i = 0; i < 2; i++) {
         (i == 0 ? ours : scalar)->add(y[i], weight, n);
     }
     expect_same(ours->name, "add", n, 0, y[0], y[1], bytes);
@@ -212,7 +222,8 @@ static void check_attention(const mq_kernels *ours, const mq_kernels *scalar, si
 {
     enum { HEADS = 3, DIM = 36, PADDED = 48, GROUPS = 2, PART = PADDED + MQ_PART_TAIL };
     const size_t first = seen > tokens ? seen - tokens + 1 : 1, positions = (first + tokens - 1 + 15) / 16 * 16;
-    const mq_queries queries = {random_floats(tokens * HEADS * DIM, 4.0f), tokens, HEADS * DIM, HEADS, DIM, 0.3f,
+    const float softcap = tokens % 2 == 0 ? 2.5f : 0.0f;
+    const mq_queries queries = {random_floats(tokens * HEADS * DIM, 4.0f), tokens, HEADS * DIM, HEADS, DIM, 0.3f, softcap,
                                 window};
     const size_t count = first + tokens - 1;
     mq_stored stored = {.key = random_halves(positions * DIM, false), .value = random_halves(count * PADDED, false)};
