@@ -6,6 +6,7 @@ reach about the average bits asked for. What it writes is noise.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from zlib import crc32
 
 import numpy as np
@@ -24,6 +25,24 @@ def _in_file_order(blocks: int) -> tuple[int, ...]:
     """A static order without preference: every linear's second slice, then every third, then every fourth."""
     return tuple(range(blocks * len(LINEARS))) * (SLICE_COUNT - 1)
 
+
+# The sizes of tale-6m with room for a long text: of its cache every token takes 3 kB.
+_SMALL = ModelShape(
+    vocab_size=4096,
+    context_length=32768,
+    embedding_length=256,
+    block_count=6,
+    feed_forward_length=768,
+    head_count=4,
+    head_count_kv=2,
+    head_dim=64,
+    rms_epsilon=1e-5,
+    rope_freq_base=1000000.0,
+    tied=True,
+    router_hidden=16,
+    budgets=default_budgets(),
+    static_order=_in_file_order(6),
+)
 
 SHAPES: dict[str, ModelShape] = {
     "llama-3.2-1b": ModelShape(
@@ -58,6 +77,8 @@ SHAPES: dict[str, ModelShape] = {
         budgets=default_budgets(),
         static_order=_in_file_order(22),
     ),
+    "small-32k": _SMALL,
+    "small-32k-window": replace(_SMALL, sliding_window=1024, sliding_window_pattern=(1, 1, 0) * 2),
     "llama-3-8b": ModelShape(
         vocab_size=128256,
         context_length=8192,

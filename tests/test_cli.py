@@ -119,6 +119,8 @@ def test_perplexity_is_one_json_object(capfd: pytest.CaptureFixture[str], path: 
     assert (result["tokens"], result["avg_bits"], result["bits"]) == (190, 4.0, 4)
     assert 100 < result["ppl"] < 1000  # random weights over 272 tokens
     assert 2 < json.loads(run(capfd, *command, "--avg-bits", 3)[1])["avg_bits"] < 4
+    rounded = json.loads(run(capfd, *command, "--bits", 4, "-ctk", "q8_0", "-ctv", "q8_0")[1])
+    assert rounded["ppl"] != result["ppl"] and abs(rounded["ppl"] / result["ppl"] - 1) < 0.01
 
 
 def test_partial_file_is_refused_until_asked_for(capfd: pytest.CaptureFixture[str], path: Path, tmp_path: Path) -> None:

@@ -348,6 +348,11 @@ def test_synthetic_shapes_have_the_parameters_they_are_named_for(name: str) -> N
     matrices = 1 if shape.tied else 2
     weights = matrices * shape.vocab_size * shape.embedding_length
     weights += shape.block_count * sum(rows * columns for rows, columns in map(shape.linear, LINEARS))
-    assert (
-        weights == {"llama-3.2-1b": 1_038_614_528, "tinyllama-1.1b": 1_099_956_224, "llama-3-8b": 8_029_995_008}[name]
-    )
+    expected = {
+        "llama-3.2-1b": 1_038_614_528,
+        "tinyllama-1.1b": 1_099_956_224,
+        "llama-3-8b": 8_029_995_008,
+        "small-32k": 5_767_168,
+        "small-32k-window": 5_767_168,
+    }
+    assert weights == expected[name]

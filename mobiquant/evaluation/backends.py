@@ -48,16 +48,23 @@ class Backend(Protocol):
 
 
 class RuntimeBackend:
-    """A GGUF file in the C runtime. n_ctx: 0 for the file's own. n_threads: None for one per physical core."""
+    """A GGUF file in the C runtime. n_ctx: 0 for the file's own. n_threads: None for one per physical core. cache_type:
+    of keys, of values, as Model takes it."""
 
     kind = "gguf"
 
     def __init__(
-        self, path: Path, *, n_ctx: int = 0, n_threads: int | None = None, check_tensors: bool = False
+        self,
+        path: Path,
+        *,
+        n_ctx: int = 0,
+        n_threads: int | None = None,
+        cache_type: tuple[str, str] = ("f16", "f16"),
+        check_tensors: bool = False,
     ) -> None:
         from runtime.model import Model
 
-        self._model = Model(path, n_ctx=n_ctx, n_threads=n_threads, check_tensors=check_tensors)
+        self._model = Model(path, n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type, check_tensors=check_tensors)
         self._highest = self._model.budget
         info = self._model.info
         self.tokenizer = self._model.tokenizer
@@ -84,16 +91,24 @@ class RuntimeBackend:
 
 
 def open_backend(
-    path: Path, *, device: str = "cpu", n_ctx: int = 0, n_threads: int | None = None, check_tensors: bool = False
+    path: Path,
+    *,
+    device: str = "cpu",
+    n_ctx: int = 0,
+    n_threads: int | None = None,
+    cache_type: tuple[str, str] = ("f16", "f16"),
+    check_tensors: bool = False,
 ) -> Backend:
     """Open a GGUF file, a checkpoint folder or a full-precision folder.
 
-    device: where torch runs a folder. n_ctx: tokens of context, 0 for the model's own. n_threads: of the C runtime.
-    check_tensors: read all of a GGUF file first and refuse it when it is damaged.
+    device: where torch runs a folder. n_ctx: tokens of context, 0 for the model's own. n_threads, cache_type: of the C
+    runtime; a folder ignores them. check_tensors: read all of a GGUF file first and refuse it when it is damaged.
     Raises ValueError, OSError or MobiQuantError when it cannot be opened, ImportError when torch is needed and missing.
     """
     if not path.is_dir():
-        return RuntimeBackend(path, n_ctx=n_ctx, n_threads=n_threads, check_tensors=check_tensors)
+        return RuntimeBackend(
+            path, n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type, check_tensors=check_tensors
+        )
     try:
         from mobiquant.evaluation.torch_backends import open_folder
     except ImportError as error:

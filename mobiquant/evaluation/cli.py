@@ -24,7 +24,7 @@ from mobiquant.evaluation.scoring import RULES, default_window, format_result
 from mobiquant.text import read_text
 from mobiquant.torch_setup import prepare_torch
 from runtime.budget import Budget
-from runtime.commands.options import bits_option
+from runtime.commands.options import add_cache_options, bits_option
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -90,6 +90,7 @@ def _add_scoring_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--windows", type=int, metavar="N", help="score the first N windows only")
     parser.add_argument("-c", "--ctx-size", type=int, metavar="N", help="tokens of a window (default: the rule's)")
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: one per physical core)")
+    add_cache_options(parser)
 
 
 def _names(text: str) -> list[str]:
@@ -218,7 +219,9 @@ def _open(stack: ExitStack, path: Path, args: argparse.Namespace) -> Backend:
         prepare_torch(args.threads)
     device = getattr(args, "device", "cpu")  # `perplexity` has no such flag, and `evaluate` not the next
     check = getattr(args, "check_tensors", False)
-    return stack.enter_context(closing(open_backend(path, device=device, n_threads=args.threads, check_tensors=check)))
+    types = (args.cache_type_k, args.cache_type_v)
+    backend = open_backend(path, device=device, n_threads=args.threads, cache_type=types, check_tensors=check)
+    return stack.enter_context(closing(backend))
 
 
 def _check_counts(args: argparse.Namespace, *names: str) -> None:

@@ -72,11 +72,15 @@ static uint16_t quantize_group(const float *x, size_t count, int8_t *codes)
 
 static void put_row(const row *to, const mq_kernels *kernels, const float *x)
 {
+    if (to->scales == NULL && to->step == 1) {
+        kernels->to_f16(x, (uint16_t *)(void *)to->numbers, to->count);
+        return;
+    }
     if (to->scales == NULL) {
-        uint16_t half[MQ_MAX_HEAD_DIM];
+        uint16_t half[MQ_MAX_HEAD_DIM], *column = (uint16_t *)(void *)to->numbers;
         kernels->to_f16(x, half, to->count);
         for (size_t i = 0; i < to->count; i++) {
-            memcpy(to->numbers + i * to->step * sizeof *half, &half[i], sizeof *half);
+            column[i * MQ_KEY_POSITIONS] = half[i];
         }
         return;
     }

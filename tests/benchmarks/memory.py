@@ -22,7 +22,7 @@ def measured(name: str, command: list[str]) -> int:
     process = subprocess.Popen([sys.executable, *command])
     _, status, usage = os.wait4(process.pid, 0)
     seconds, cpu = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
-    print(f"{name}: {seconds:.0f} s ({cpu:.0f} s of CPU), peak {usage.ru_maxrss / 1e6:.2f} GB", flush=True)
+    print(f"{name}: {seconds:.0f} s ({cpu:.0f} s of CPU), peak {usage.ru_maxrss * 1024 / 1e9:.2f} GB", flush=True)
     return os.waitstatus_to_exitcode(status)
 
 
