@@ -139,6 +139,10 @@ def test_check_tensors_is_a_flag_of_the_commands(
     path.write_bytes(make(good, kind, 0)[0])
     assert main(["run", "-m", str(path), "-p", "a", "-n", "1", "--check-tensors"]) == 1
     assert "expected finite numbers" in capsys.readouterr().err
+    text = tmp_path / "text.txt"
+    text.write_text("some text " * 20)
+    assert main(["perplexity", "-m", str(path), "-f", str(text), "--check-tensors"]) == 1
+    assert "expected finite numbers" in capsys.readouterr().err
 
 
 def test_checksums_are_the_crc32_of_tensors_and_metadata(good: bytes) -> None:

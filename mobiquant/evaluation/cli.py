@@ -49,6 +49,7 @@ def _add_perplexity(subparsers: argparse._SubParsersAction) -> None:
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--bits", type=bits_option, metavar="B", help="2, 4, 6, 8 or static:X (default: full)")
     precision.add_argument("--avg-bits", type=float, metavar="A", help="routed: average bits per weight, 2 to 8")
+    parser.add_argument("--check-tensors", action="store_true", help="refuse a damaged .gguf file, read wholly first")
     _add_scoring_options(parser)
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="(%(default)s)")
     parser.set_defaults(func=perplexity_command)
@@ -216,15 +217,16 @@ def _answer_tasks(
 
 def _open(stack: ExitStack, path: Path, args: argparse.Namespace) -> Backend:
     """A model that `stack` closes."""
-    device = getattr(args, "device", "cpu")  # `perplexity` has no such flag
+    device = getattr(args, "device", "cpu")  # `perplexity` has no such flag, and `evaluate` no --check-tensors
     if path.is_dir():
         prepare_torch(args.threads)
         return stack.enter_context(closing(open_backend(path, device=device, n_threads=args.threads)))
     from runtime.commands.faults import watch
 
     watch(path)
-    types = (args.cache_type_k, args.cache_type_v)
-    backend = stack.enter_context(closing(RuntimeBackend(path, n_threads=args.threads, cache_type=types)))
+    types, check = (args.cache_type_k, args.cache_type_v), getattr(args, "check_tensors", False)
+    opened = RuntimeBackend(path, n_threads=args.threads, cache_type=types, check_tensors=check)
+    backend = stack.enter_context(closing(opened))
     watch(path, backend.model)
     return backend
 

@@ -33,8 +33,8 @@ static const limit LIMITS[] = {
 /* Optional keys; read_optional sets the defaults. */
 static const limit OPTIONAL_LIMITS[] = {
     {MQ_KEY_ROPE_DIMENSION, FIELD(rope_dim), 2, MQ_MAX_HEAD_DIM},
-    {MQ_KEY_SLIDING_WINDOW, FIELD(sliding_window), 1, 1u << 20},
-    {MQ_KEY_ROPE_ORIGINAL, FIELD(rope_original), 1, 1u << 20},
+    {MQ_KEY_SLIDING_WINDOW, FIELD(sliding_window), 1, MQ_MAX_CONTEXT_LENGTH},
+    {MQ_KEY_ROPE_ORIGINAL, FIELD(rope_original), 1, MQ_MAX_CONTEXT_LENGTH},
 };
 
 static const struct { const char *key; size_t field; float low, high; } OPTIONAL_FLOATS[] = {

@@ -6,9 +6,9 @@ import re
 
 import numpy as np
 
-from export import limits
+from export import keys, limits
 from malformed.header import FORMAT, UNSUPPORTED
-from malformed.parts import ARRAY, F32, U32, Parts, array, f32, u32
+from malformed.parts import ARRAY, F32, STRING, U32, Key, Parts, array, f32, string, u32
 from malformed.registry import malformed
 
 LIMITS = {
@@ -64,10 +64,47 @@ def heads_that_share_no_key_heads(parts: Parts, random: np.random.Generator) -> 
 
 
 @malformed(FORMAT)
-def odd_rotated_dimensions(parts: Parts, random: np.random.Generator) -> str:
-    value = int(random.choice([3, 31, 33, 1023]))
-    parts.key("mobiquant.rope.dimension_count").value = u32(value)
-    return f"key 'mobiquant.rope.dimension_count': expected an even number .*found {value}"
+def rotary_dimension_that_does_not_fit(parts: Parts, random: np.random.Generator) -> str:
+    value = int(random.choice([3, 31, 33, 34, 1024]))  # of a head of 32
+    parts.key(keys.KEY_ROPE_DIMENSION).value = u32(value)
+    return f"key '{re.escape(keys.KEY_ROPE_DIMENSION)}': expected an even number .* of at most 32, found {value}"
+
+
+@malformed(UNSUPPORTED)
+def optional_size_outside_its_limits(parts: Parts, random: np.random.Generator) -> str:
+    name, value = keys.KEY_SLIDING_WINDOW, int(random.choice([0, limits.MAX_CONTEXT_LENGTH + 1, 2**32 - 1]))
+    parts.keys.insert(0, Key(name.encode(), U32, u32(value)))
+    return f"key '{re.escape(name)}': expected 1 to {limits.MAX_CONTEXT_LENGTH}, found {value}"
+
+
+@malformed(FORMAT)
+def window_pattern_of_another_length(parts: Parts, random: np.random.Generator) -> str:
+    count = int(random.choice([0, 1, 3, 1000]))
+    parts.keys.insert(0, Key(keys.KEY_SLIDING_WINDOW.encode(), U32, u32(8)))
+    parts.keys.insert(0, Key(keys.KEY_SLIDING_WINDOW_PATTERN.encode(), ARRAY, array(U32, u32(1) * count)))
+    return f"key '{re.escape(keys.KEY_SLIDING_WINDOW_PATTERN)}': expected an array of 2 u32, found {count} of type 4"
+
+
+@malformed(FORMAT)
+def factor_outside_its_limits(parts: Parts, random: np.random.Generator) -> str:
+    names = [
+        keys.KEY_ATTENTION_SCALE,
+        keys.KEY_ATTENTION_SOFTCAP,
+        keys.KEY_OUTPUT_SOFTCAP,
+        keys.KEY_EMBEDDING_SCALE,
+        keys.KEY_ROPE_FACTOR,
+        keys.KEY_ROPE_ATTENTION,
+    ]
+    name, value = str(random.choice(names)), float(random.choice([float("nan"), float("inf"), -1.0, 0.0, 1e30]))
+    parts.keys.insert(0, Key(name.encode(), F32, f32(value)))
+    return rf"key '{re.escape(name)}': expected \S+ to \S+, found -?{re.escape(f'{abs(value):g}')}"
+
+
+@malformed(UNSUPPORTED)
+def choice_that_is_none(parts: Parts, random: np.random.Generator) -> str:
+    name = str(random.choice([keys.KEY_ACTIVATION, keys.KEY_ROPE_SCALING]))
+    parts.keys.insert(0, Key(name.encode(), STRING, string(b"relu6")))
+    return f"key '{re.escape(name)}': expected one of .*, found 'relu6'"
 
 
 @malformed(FORMAT)
