@@ -1,6 +1,7 @@
 # Everything from a fresh checkout, with Python >= 3.10, make and a C compiler:
 #   make demo    calibrate the bundled model, export it, run it at several precisions (a few minutes)
 #   make test    all tests
+#   make cuda    the library for NVIDIA GPUs, with nvcc; everything else works without it
 #   make lint    style of the Python and warnings of the C
 #   make clean   remove what was built here (not .venv)
 # Sanitizers, fuzzers, sweeps: tests/c/checks.mk
@@ -13,17 +14,27 @@ ARM_CC ?= aarch64-linux-gnu-gcc
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 NATIVE := runtime/_native.abi3.so
-C_SOURCES := $(wildcard runtime/src/*.c runtime/kernels/*.c)
-C_HEADERS := $(wildcard runtime/include/*.h runtime/src/*.h runtime/kernels/*.h)
+C_SOURCES := $(wildcard runtime/src/*.c runtime/kernels/*.c runtime/program/*.c)
+C_HEADERS := $(wildcard runtime/include/*.h runtime/src/*.h runtime/kernels/*.h runtime/program/*.h)
 # -O2: without it gcc makes macros of some intrinsics, whose own conversions would be reported here.
 C_WARNINGS := -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wconversion -Werror
+
+NVCC ?= nvcc
+CUDA_LIBRARY := runtime/libmobiquant_cuda.so
+CUDA_SOURCES := $(wildcard runtime/kernels/*.cu runtime/kernels/cuda/*.cuh)
+# Jetson Orin is 8.7. The last entry is code that later GPUs compile for themselves.
+CUDA_TARGETS ?= $(foreach n,80 86 87 89,-gencode arch=compute_$(n),code=sm_$(n)) \
+  -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90,code=compute_90
+# No contraction and IEEE divisions and roots: the bits of the CPU.
+CUDA_FLAGS := -std=c++17 -O3 -fmad=false -prec-div=true -prec-sqrt=true -Iruntime/include -Iruntime/src -Iruntime/kernels \
+  -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Werror all-warnings -shared
 
 DEMO_MODEL := mobiquant/demo/tale-6m
 DEMO_CHECKPOINT := demo/tale-6m
 DEMO_FILE := demo/tale-6m.gguf
 DEMO_PROMPT := The old house stood at the end of the lane, and
 
-.PHONY: demo test lint lint-c clean install
+.PHONY: demo test cuda lint lint-c clean install
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_FILE)
@@ -37,6 +48,11 @@ demo: $(DEMO_FILE)
 test: $(NATIVE)
 	$(BIN)/python -m pytest -q
 
+cuda: $(CUDA_LIBRARY)
+
+$(CUDA_LIBRARY): $(CUDA_SOURCES) $(C_HEADERS) Makefile
+	$(NVCC) $(CUDA_FLAGS) $(CUDA_TARGETS) runtime/kernels/cuda.cu -o $@
+
 lint: $(INSTALLED) lint-c
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,7 +64,7 @@ lint-c:
 	fi
 
 clean:
-	rm -rf build dist demo *.egg-info $(NATIVE) runtime/_native.c
+	rm -rf build dist demo *.egg-info $(NATIVE) $(CUDA_LIBRARY) runtime/_native.c
 
 install: $(NATIVE)
 

@@ -5,6 +5,11 @@ With `--synthetic SHAPE` in place of DIR the file holds seeded random weights, f
 
 from __future__ import annotations
 
+from mobiquant import interrupts
+
+if __name__ == "__main__":  # the imports take a while
+    interrupts.end_at_once()
+
 import argparse
 import signal
 import sys
@@ -18,8 +23,9 @@ from export.source import CheckpointSource, checkpoint_shape
 from export.synthetic import SHAPES, SyntheticSource, synthetic_vocabulary
 from export.verify import verify_file
 from export.vocab import Vocabulary, read_vocabulary
-from export.writer import TensorSource, replacing, write_file
+from export.writer import TensorSource, write_file
 from mobiquant.checkpoint import CheckpointError, open_checkpoint
+from runtime.files import replacing
 
 
 def export_checkpoint(folder: Path, target: Path, name: str | None = None) -> None:
@@ -43,9 +49,12 @@ def _export(target: Path, name: str, shape: ModelShape, vocabulary: Vocabulary, 
         raise ExportError(f"{target}: expected the name of a file, found a folder")
     plan = plan_tensors(shape)
     fields = metadata_fields(name, shape, vocabulary)
-    with replacing(target) as temporary:
-        write_file(temporary, fields, plan, source)
-        verify_file(temporary, fields, plan, source)
+    try:
+        with replacing(target) as temporary:
+            write_file(temporary, fields, plan, source)
+            verify_file(temporary, fields, plan, source)
+    except OSError as error:
+        raise ExportError(str(error)) from error
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -81,4 +90,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interrupts.run(main))

@@ -1,14 +1,11 @@
 """Writes one GGUF file, a tensor at a time: memory holds the largest tensor, never the model.
 
-The file grows under a temporary name beside its target; the caller renames it after verification. Whatever ends the
-work early (an error, a full disk, Ctrl-C) removes the temporary file.
+The file grows under a temporary name beside its target; the caller renames it after verification (runtime.files).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 from zlib import crc32
@@ -18,7 +15,6 @@ import numpy as np
 from tqdm import tqdm
 
 from export.checksums import fill_in_checksums, room_for_checksums
-from export.errors import ExportError
 from export.keys import ALIGNMENT, ARCHITECTURE, KEY_ALIGNMENT, KEY_ARCHITECTURE
 from export.metadata import Field
 from export.plan import PlannedTensor
@@ -30,21 +26,6 @@ class TensorSource(Protocol):
     def read(self, tensor: PlannedTensor) -> np.ndarray:
         """The data of `tensor`, of exactly its dtype and shape. Raises ExportError on bad input."""
         ...
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`, renamed to it when the block succeeds and removed when it does not."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        raise ExportError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_file(path: Path, fields: Sequence[Field], plan: Sequence[PlannedTensor], source: TensorSource) -> None:

@@ -1,7 +1,17 @@
-"""`python -m mobiquant` is the console command."""
+"""`python -m mobiquant` and the console command."""
 
 import sys
 
-from mobiquant.cli import main
+from mobiquant import interrupts
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command that the process was started with; returns the exit status."""
+    interrupts.end_at_once()
+    from mobiquant import cli
+
+    return interrupts.run(cli.main)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

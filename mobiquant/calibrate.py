@@ -55,16 +55,18 @@ from mobiquant.source import Source
 from mobiquant.static import static_order
 from mobiquant.thresholds import RouterScores, budget_cuts
 from mobiquant.weights import WeightError
+from runtime.files import remove_leftovers
 
 STATE_FILE = "calibration.json"
 _SENSITIVITY_FILE = "sensitivity.safetensors"
+_GAINS_FILE = "gains.safetensors"
 _THRESHOLD_WINDOWS = 16
 # Tokens that pass a block together where nothing is trained, and the room that what they leave in it may take.
 _PASS_TOKENS = 16384
 _PASS_BYTES = 3 << 30
 ACTIVATIONS = ("cpu", "disk")
 # Only a run that goes on needs these; a finished folder has none.
-_WORK_FILES = (_SENSITIVITY_FILE, "recipe-*.safetensors")
+_WORK_FILES = (_SENSITIVITY_FILE, _GAINS_FILE, "recipe-*.safetensors")
 
 
 @dataclass
@@ -108,6 +110,7 @@ def calibrate(
     calibration = _Calibration(source, folder, settings, windows, folder if activations == "disk" else None)
     _claim_folder(folder, _fingerprint(source, text, settings), restart)
     if (folder / INDEX_FILE).is_file():
+        _remove_work_files(folder)
         return
     torch.use_deterministic_algorithms(True, warn_only=True)
     calibration.run()
@@ -145,9 +148,9 @@ class _Calibration:
         recipe = recipes()[self.settings.recipe]
         model_task = self._model_task()
         slices = recipe.slices(model_task)
-        scores = self._blocks(recipe, slices, sensitivity)
+        gains = self._gains(self._blocks(recipe, slices, sensitivity))
         self._tune_routers(recipe, model_task)
-        self._finish(scores)
+        self._finish(gains)
 
     def _blocks(
         self, recipe: Recipe, slices: list[dict[str, SlicedWeight]] | None, sensitivity: Sensitivity
@@ -175,6 +178,13 @@ class _Calibration:
                 del exact_block
                 self._advance_sliced(self._saved_block(index).to(self.device), streams, scores)
         return scores
+
+    def _gains(self, scores: list[list[Tensor]]) -> np.ndarray:
+        """Expected gains by the blocks' own routers, float64 [L, 3]: kept, because tuned ones take their place."""
+        path = self.folder / _GAINS_FILE
+        if not path.is_file():
+            write_tensors(path, {"gains": expected_gains(scores)})
+        return read_tensors(path)["gains"]
 
     def _sensitivity(self) -> Sensitivity:
         path = self.folder / _SENSITIVITY_FILE
@@ -320,7 +330,7 @@ class _Calibration:
         ]
         return budget_cuts(blocks, self._run, hidden, self.precision, self.sizes, self.batch, self.hidden_folder)
 
-    def _finish(self, scores: list[list[Tensor]]) -> None:
+    def _finish(self, gains: np.ndarray) -> None:
         """Set the thresholds in every block, write what lies outside the blocks, then make the folder a checkpoint."""
         count = self.source.block_count
         cuts = self._cuts()
@@ -343,24 +353,26 @@ class _Calibration:
         for name, sliced in tables.items():
             outer |= {f"{name}.{part.name}": getattr(sliced, part.name).numpy() for part in dataclasses.fields(sliced)}
         outer[FINAL_NORM] = self.source.final_norm().weight.numpy()
-        outer[STATIC_ORDER] = static_order(expected_gains(scores))
+        outer[STATIC_ORDER] = static_order(gains)
         frequencies = self.source.frequencies()
         outer |= {name: table.numpy() for name, table in zip(ROTARY_FREQUENCIES, frequencies, strict=False)}
         write_tensors(self.folder / OUTER_FILE, outer)
-        for path in _work_files(self.folder):
-            path.unlink()
         files = [*(block_file(index) for index in range(count)), OUTER_FILE]
         finish_checkpoint(self.folder, self.source.path, self.source.content, quantization, files)
+        _remove_work_files(self.folder)  # not before: a run that is stopped here goes on from them
 
 
 def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -> None:
     """Make the folder ours: new or empty, or an earlier run with the same fingerprint."""
     state = folder / STATE_FILE
+    remove_leftovers(folder, STATE_FILE)
     if restart and state.is_file():
-        for path in (*folder.glob("block-*.safetensors"), *_work_files(folder)):
-            path.unlink()
-        for name in (OUTER_FILE, INDEX_FILE, CONFIG_FILE, STATE_FILE):
-            (folder / name).unlink(missing_ok=True)
+        # In this order, so that nobody takes what a killed restart leaves for a checkpoint, or goes on from it.
+        (folder / INDEX_FILE).unlink(missing_ok=True)
+        write_json(state, {})
+        _remove_work_files(folder)
+        for path in (*folder.glob("block-*.safetensors"), folder / OUTER_FILE, folder / CONFIG_FILE):
+            path.unlink(missing_ok=True)
     elif state.is_file():
         try:
             found = json.loads(state.read_text(encoding="utf-8"))
@@ -379,8 +391,10 @@ def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -
     write_json(state, fingerprint)
 
 
-def _work_files(folder: Path) -> list[Path]:
-    return [path for pattern in _WORK_FILES for path in folder.glob(pattern)]
+def _remove_work_files(folder: Path) -> None:
+    remove_leftovers(folder)
+    for path in (path for pattern in _WORK_FILES for path in folder.glob(pattern)):
+        path.unlink(missing_ok=True)
 
 
 def _fingerprint(source: Source, text: str, settings: CalibrationSettings) -> dict[str, object]:

@@ -20,7 +20,6 @@ in LINEARS (mobiquant.static); a checkpoint of before lacks it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from mobiquant.config import QuantizationConfig
+from runtime.files import replacing
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -162,14 +162,11 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Write one safetensors file atomically. Raises CheckpointError when it cannot be written, as on a full disk."""
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    try:
-        _atomically(path, lambda temporary: save_file(contiguous, temporary))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+    _atomically(path, lambda temporary: save_file(contiguous, temporary))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write one JSON file atomically."""
+    """Write one JSON file atomically. Raises CheckpointError when it cannot be written."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     _atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -205,12 +202,11 @@ def _read_json(path: Path, kind: str) -> dict[str, Any]:
 
 def _atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary name in the same folder, then rename; nothing is left behind on failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            write(temporary)
+            temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+    except OSError as error:
+        raise CheckpointError(str(error)) from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error

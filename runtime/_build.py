@@ -13,7 +13,7 @@ from pathlib import Path
 from cffi import FFI
 
 ROOT = Path(__file__).parent
-HEADERS = (ROOT / "include" / "mobiquant.h", ROOT / "src" / "kernels.h", ROOT / "src" / "measure.h")
+HEADERS = tuple(ROOT / name for name in ("include/mobiquant.h", "src/kernels.h", "src/measure.h", "program/fault.h"))
 
 # No contraction: a fused multiply-add appears only where the source writes one, so every kernel gives the same bits.
 COMPILE_FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
@@ -41,18 +41,18 @@ def build() -> FFI:
     ffi = FFI()
     for header in HEADERS:
         ffi.cdef(declarations(header))
-    folders = (ROOT / "src", ROOT / "kernels")
+    folders = (ROOT / "src", ROOT / "kernels", ROOT / "program")
     warnings = ["-Wall", "-Wextra", "-Werror"] if os.environ.get("MOBIQUANT_WERROR") == "1" else []
     ffi.set_source(
         "runtime._native",
         "".join(f'#include "{header.name}"\n' for header in HEADERS),
         sources=[str(path) for folder in folders for path in sorted(folder.glob("*.c"))],
-        include_dirs=[str(ROOT / "include"), str(ROOT / "src")],
+        include_dirs=[str(ROOT / "include"), str(ROOT / "src"), str(ROOT / "program")],
         depends=[str(path) for folder in (ROOT / "include", *folders) for path in sorted(folder.glob("*.h"))],
         define_macros=[("MQ_VERSION", f'"{version()}"')],
         extra_compile_args=COMPILE_FLAGS + warnings,
         extra_link_args=["-pthread"],
-        libraries=["m"],
+        libraries=["m", "dl"],
         py_limited_api=True,
     )
     return ffi

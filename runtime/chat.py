@@ -8,6 +8,7 @@ from the template's own, and is encoded as text.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from runtime.tokens import Tokenizer
 Message = Mapping[str, Any]
 
 TEMPLATE_BYTES = 256 << 10
-RENDER_SECONDS = 5.0
+RENDER_SECONDS = 20.0  # with starting the process, on a busy machine; it may compute for less (runtime.template)
 
 PLAIN_TEMPLATE = """{{ bos_token }}
 {%- for message in messages %}
@@ -38,7 +39,8 @@ PLAIN_STOP = "\nUser:"
 # Unicode noncharacters: they never stand for anything in text, so one that no message uses can mark a place.
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from runtime.template import main; main()"
+# Without the entry for the working directory: a file lying there must not be taken for a module.
+_START = "import sys; sys.path = [sys.argv[1], *filter(None, sys.path)]; from runtime.template import main; main()"
 
 
 class ChatTemplate:
@@ -52,6 +54,7 @@ class ChatTemplate:
         self._source = source or PLAIN_TEMPLATE
         self._tokenizer = tokenizer
         self._ready: subprocess.Popen[str] | None = None
+        self._owner = os.getpid()  # whose child `_ready` is
         self._lock = threading.Lock()
         size = len(self._source.encode("utf-8"))
         if size > TEMPLATE_BYTES:
@@ -62,8 +65,14 @@ class ChatTemplate:
 
         Content is text, or a list of {"type": "text", "text": ...}. add_generation_prompt: end where the assistant's
         answer begins. Raises ValueError for a message without them, and when the template refuses the conversation,
-        takes longer than 5 s, or needs more memory than it may have.
+        computes longer than 5 s, or needs more memory than it may have.
         """
+        try:
+            return self._encode(messages, add_generation_prompt)
+        except RecursionError:
+            raise ValueError("messages: expected fewer levels of lists and objects") from None
+
+    def _encode(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
         checked = [_checked(message, index) for index, message in enumerate(messages)]
         if not checked:
             raise ValueError("messages: expected at least one, found none")
@@ -89,28 +98,34 @@ class ChatTemplate:
         if not forged:
             return tokenizer.encode(text, add_bos=False, special=True)
         # What is a marker now is the template's; between them those of the messages get their names again.
-        names = re.compile(f"{mark}([0-9]+){mark}")
+        names = re.compile(f"{mark}({'|'.join(map(str, range(len(markers))))}){mark}")
         texts = [names.sub(lambda name: markers[int(name[1])], between) for between in own.split(text)]
         return tokenizer.encode_between(texts, own.findall(text))
 
     def prepare(self) -> None:
         """Start the process that renders the next conversation, so that it is ready when one comes."""
         with self._lock:
-            if self._ready is None:
-                self._ready = _start_renderer()
+            self._ready = self._take_ready() or _start_renderer()
 
     def close(self) -> None:
         """End the process that waits for a conversation, if any."""
         with self._lock:
-            ready, self._ready = self._ready, None
+            ready = self._take_ready()
         if ready is not None:
             ready.kill()
             ready.communicate()
 
+    def _take_ready(self) -> subprocess.Popen[str] | None:
+        """The waiting process; not one of our parent's, after a fork."""
+        ready, self._ready = self._ready, None
+        if self._owner != os.getpid():
+            self._owner, ready = os.getpid(), None
+        return ready
+
     def _render(self, variables: dict[str, Any]) -> str:
         with self._lock:
-            process, self._ready = self._ready or _start_renderer(), None
-        request = json.dumps({"template": self._source, "variables": variables})
+            process = self._take_ready() or _start_renderer()
+        request = json.dumps({"template": self._source, "variables": variables}) + "\n"
         try:
             output, _ = process.communicate(request, timeout=RENDER_SECONDS)
         except BaseException as error:

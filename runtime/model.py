@@ -8,7 +8,9 @@ runtime.sampling.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -25,7 +27,7 @@ from runtime.completion import create_chat_completion, create_completion
 from runtime.cpu import physical_cores
 from runtime.errors import MobiQuantError
 from runtime.generation import LogitsProcessor
-from runtime.native import CACHE_TYPES, ModelInfo, NativeModel, NativeSession, Stats
+from runtime.native import CACHE_TYPES, ModelInfo, NativeModel, NativeSession, Stats, device_for
 from runtime.sampling import Sampler, SamplingSettings
 from runtime.state import SavedSession
 from runtime.tokens import Tokenizer
@@ -57,7 +59,8 @@ class Model:
     output_bits: 2, 4, 6 or 8 for the output head, None for the file's default.
     allow_partial: accept a file cut after its last base slice. mmap: map the file instead of reading it.
     check_tensors: read all of the file first and refuse it when a checksum or a number in it is wrong.
-    seed: for completions that name none.
+    seed: for completions that name none. device: "cpu"; "cuda" for the GPU; "auto" for the GPU where it can be used,
+    see `device_note`, else the CPU.
 
     Raises MobiQuantError when the file or an option is refused, ValueError for a bad argument.
     """
@@ -78,6 +81,7 @@ class Model:
         mmap: bool = True,
         check_tensors: bool = False,
         seed: int | None = None,
+        device: str = "auto",
     ) -> None:
         if n_batch < 1:
             raise ValueError(f"n_batch: expected at least 1, found {n_batch}")
@@ -96,7 +100,10 @@ class Model:
             keys,
             values,
         )
-        native = NativeModel(self.path, allow_partial=allow_partial, mmap=mmap, check_tensors=check_tensors)
+        device = device_for(device, options.kernel, (keys, values))
+        native = NativeModel(
+            self.path, allow_partial=allow_partial, mmap=mmap, check_tensors=check_tensors, device=device
+        )
         self._open_session(native, options)
         try:
             self.budget = budget or Budget(2 * self.info.max_depth, routed=False)
@@ -142,6 +149,8 @@ class Model:
             native.release()
             raise
         self._closed = False
+        self._in_use = threading.RLock()  # of one thread at a time; never waited for
+        self._changes = 0  # of the cache, so that a generation notices those of others
         # Tokens in the cache, each with the budget it was computed at.
         self._history: list[tuple[int, Budget]] = []
         self._logits: np.ndarray | None = None
@@ -159,22 +168,26 @@ class Model:
         try:
             other.tokenizer, other.budget, other.output_bits = self.tokenizer, self.budget, self.output_bits
             if not empty:
-                other._session.set_state(self._session.state())
-                other._history = list(self._history)
-                other._logits = self._logits
+                with self._alone():
+                    other._session.set_state(self._session.state())
+                    other._history = list(self._history)
+                    other._logits = self._logits
         except BaseException:
             other.close()
             raise
         return other
 
     def close(self) -> None:
-        """Free the cache; the file is released with the last of its forks. Closing twice is allowed."""
-        if not self._closed:
-            self._closed = True
-            if "chat" in self.__dict__:
-                self.chat.close()
-            self._session.close()
-            self._native.release()
+        """Free the cache; the file is released with the last of its forks. Closing twice is allowed.
+
+        Raises MobiQuantError when another thread is using it."""
+        with self._alone():
+            if not self._closed:
+                self._closed = True
+                if "chat" in self.__dict__:
+                    self.chat.close()
+                self._session.close()
+                self._native.release()
 
     def __enter__(self) -> Model:
         return self
@@ -222,6 +235,16 @@ class Model:
         return self._session.kernel
 
     @property
+    def device(self) -> str:
+        """Where it runs: "cpu" or "cuda"."""
+        return self._native.device
+
+    @property
+    def device_note(self) -> str:
+        """The GPU's name; on the CPU, what stood in the way of the GPU under device="auto"."""
+        return self._native.device_note
+
+    @property
     def n_ctx(self) -> int:
         """Tokens the cache can hold."""
         return self._session.context
@@ -264,8 +287,9 @@ class Model:
         most = DEPTH_BITS[self.info.max_depth - 1]
         if budget.bits > most:
             raise ValueError(f"bits: expected at most {most}, what {self.path} holds, found {budget.bits:g}")
-        budget.apply(self._session)
-        self._budget = budget
+        with self._alone():
+            budget.apply(self._session)
+            self._budget = budget
 
     @property
     def output_bits(self) -> int:
@@ -295,15 +319,16 @@ class Model:
 
         Forgets the rest. Returns how many tokens are kept: never the last, which is computed again for its logits.
         """
-        count = 0
-        for token, (cached, budget) in zip(tokens[:-1], self._history, strict=False):
-            if token != cached or not (any_budget or budget == self._budget):
-                break
-            count += 1
-        if count < min(self._session.rewind_floor, self.position):  # a sliding window has left what comes before
+        with self._alone():
             count = 0
-        self._rewind(count)
-        return count
+            for token, (cached, budget) in zip(tokens[:-1], self._history, strict=False):
+                if token != cached or not (any_budget or budget == self._budget):
+                    break
+                count += 1
+            if count < min(self._session.rewind_floor, self.position):  # a sliding window has left what comes before
+                count = 0
+            self._rewind(count)
+            return count
 
     def eval(self, tokens: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Evaluate tokens after those in the cache.
@@ -321,10 +346,11 @@ class Model:
                 f"context: expected at most {self.n_ctx} tokens{used}, found {len(ids)} to add", "MQ_ERR_CONTEXT_FULL"
             )
         logits = np.empty((len(ids) if all_logits else 1, self.info.vocab_size), np.float32)
-        for start, piece in self._pieces(ids):
-            end = start + len(piece)
-            self._eval_piece(piece, logits[start:end] if all_logits else logits[: int(end == len(ids))])
-        self._logits = logits[-1]
+        with self._alone():
+            for start, piece in self._pieces(ids):
+                end = start + len(piece)
+                self._eval_piece(piece, logits[start:end] if all_logits else logits[: int(end == len(ids))])
+            self._logits = logits[-1]
         return logits if all_logits else logits[-1]
 
     def _pieces(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -332,6 +358,7 @@ class Model:
             yield start, ids[start : start + self._options.n_batch]
 
     def _eval_piece(self, piece: np.ndarray, output: np.ndarray, *, hidden: bool = False) -> None:
+        self._changes += 1
         self._history += ((token, self._budget) for token in piece.tolist())
         try:
             (self._session.eval_hidden if hidden else self._session.eval)(piece, output)
@@ -378,16 +405,18 @@ class Model:
         ids = np.array(self.tokenize(text) if isinstance(text, str | bytes) else text, np.int32)
         if not len(ids):
             raise ValueError("embed: expected at least one token, found none")
-        self.reset()
         hidden = np.empty((len(ids), self.info.embedding_length), np.float32)
-        for start, piece in self._pieces(ids):
-            self._eval_piece(piece, hidden[start : start + len(piece)], hidden=True)
+        with self._alone():
+            self.reset()
+            for start, piece in self._pieces(ids):
+                self._eval_piece(piece, hidden[start : start + len(piece)], hidden=True)
         vectors = hidden if pooling == "none" else hidden[-1] if pooling == "last" else hidden.mean(axis=0)
         return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True) if normalize else vectors
 
     def save_state(self) -> bytes:
         """The cache with its tokens, for `load_state` of a model opened from the same file."""
-        return SavedSession(self._history, self._session.state()).pack()
+        with self._alone():
+            return SavedSession(self._history, self._session.state()).pack()
 
     def load_state(self, state: bytes | bytearray | memoryview) -> None:
         """Continue where `save_state` was called. Everything is checked before the cache changes.
@@ -396,9 +425,12 @@ class Model:
         to another file or does not fit in the context.
         """
         saved = SavedSession.unpack(state)
-        self._session.set_state(saved.cache)
-        self._history, self._logits = list(saved.history), None
-        if self.position != len(saved.history):
+        with self._alone():
+            self._session.set_state(saved.cache)
+            self._changes += 1
+            self._history, self._logits = list(saved.history), None
+            if self.position == len(saved.history):
+                return
             found = f"{self.position} in the cache and {len(saved.history)} in its header"
             self.reset()
             raise ValueError(f"saved session: expected one number of tokens, found {found}")
@@ -417,7 +449,7 @@ class Model:
         What the cache already holds of `tokens`, computed at the present budget, is not computed again; with
         `keep_cache`, whatever budget it was computed at. logits_processors: each gets the tokens so far, int64 [n], and
         the logits, float32 [vocab], and returns logits. cancelled: asked between tokens and between pieces of the
-        prompt; when true the generation ends. Raises as `eval` does.
+        prompt; when true the generation ends. Raises as `eval` does, and when the cache was changed between two tokens.
         """
         sampler = Sampler(sampling or SamplingSettings(seed=self.seed))
         sequence = [int(token) for token in tokens]
@@ -426,14 +458,20 @@ class Model:
                 f"prompt: expected at most {self.n_ctx} tokens, the context, found {len(sequence)}",
                 "MQ_ERR_CONTEXT_FULL",
             )
-        pending = sequence[self.reuse(sequence, any_budget=keep_cache) :]
+        with self._alone():
+            pending = sequence[self.reuse(sequence, any_budget=keep_cache) :]
+            changes = self._changes
         while True:
             while len(pending) > self._options.n_batch and not (cancelled and cancelled()):
-                self._eval_piece(np.array(pending[: self._options.n_batch], np.int32), self._no_logits)
+                with self._alone(changes):
+                    self._eval_piece(np.array(pending[: self._options.n_batch], np.int32), self._no_logits)
+                    changes = self._changes
                 pending = pending[self._options.n_batch :]
             if cancelled and cancelled():
                 return
-            logits = self.eval(pending)
+            with self._alone(changes):
+                logits = self.eval(pending)
+                changes = self._changes
             for process in logits_processors:
                 logits = process(np.array(sequence, np.int64), logits)
             token = sampler.sample(logits, sequence)
@@ -446,6 +484,25 @@ class Model:
     create_completion = __call__ = create_completion
     create_chat_completion = create_chat_completion
 
+    @contextmanager
+    def _alone(self, changes: int | None = None) -> Iterator[None]:
+        """No other thread inside. changes: what the cache's count of them must still be.
+
+        The C library refuses two evaluations at once, but what is remembered of the cache must change with it."""
+        if not self._in_use.acquire(blocking=False):
+            raise MobiQuantError("model: in use by another thread; fork() gives each thread its own", "MQ_ERR_BUSY")
+        try:
+            if changes is not None and changes != self._changes:
+                raise MobiQuantError(
+                    "generation: something else changed the cache since its last token; fork() gives each its own",
+                    "MQ_ERR_BUSY",
+                )
+            yield
+        finally:
+            self._in_use.release()
+
     def _rewind(self, position: int) -> None:
-        self._session.rewind(position)
-        del self._history[position:]
+        with self._alone():
+            self._session.rewind(position)
+            self._changes += 1
+            del self._history[position:]

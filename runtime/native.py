@@ -98,11 +98,35 @@ def kernels() -> list[Kernel]:
     return found
 
 
+def device_info() -> tuple[bool, str]:
+    """Whether a GPU can be used, and which, or why not."""
+    info = ffi.new("mq_device_info *")
+    lib.mq_device_describe(info)
+    return bool(info.usable), ffi.string(info.text).decode("utf-8", errors="replace")
+
+
+def device_for(asked: str, kernel: str | None, cache_types: tuple[str, str]) -> str:
+    """The device that `asked` means beside other options: "auto" is the CPU when one of them is the CPU's alone."""
+    return "cpu" if asked == "auto" and (kernel or set(cache_types) != {"f16"}) else asked
+
+
+@dataclass(frozen=True)
+class DeviceBytes:
+    """Bytes in the memory of the GPU: the file's tensors, which a model's sessions share, and a session's own."""
+
+    weights: int
+    cache: int
+    workspace: int
+
+
 class NativeModel:
     """An opened file: immutable, shared by any number of sessions."""
 
-    def __init__(self, path: Path, *, allow_partial: bool, mmap: bool, check_tensors: bool = False) -> None:
-        fields = {"allow_partial": allow_partial, "no_mmap": not mmap, "check_tensors": check_tensors}
+    def __init__(
+        self, path: Path, *, allow_partial: bool, mmap: bool, check_tensors: bool = False, device: str = "cpu"
+    ) -> None:
+        name = ffi.new("char[]", device.encode())
+        fields = {"allow_partial": allow_partial, "no_mmap": not mmap, "check_tensors": check_tensors, "device": name}
         options = ffi.new("mq_model_options *", fields)
         handle = ffi.new("mq_model **")
         error = ffi.new("mq_error *")
@@ -110,6 +134,7 @@ class NativeModel:
         self._handle = handle[0]
         self._close = weakref.finalize(self, lib.mq_model_close, self._handle)
         self.path = path
+        self._close.atexit = False  # a daemon thread may still compute then
         self._users = 0
         self._users_lock = threading.Lock()
 
@@ -132,6 +157,16 @@ class NativeModel:
         if not self._close.alive:
             raise ValueError("model: expected an open one, found it closed")
         return self._handle
+
+    @property
+    def device(self) -> str:
+        """Where sessions run: "cpu" or "cuda"."""
+        return _text(lib.mq_model_device(self.handle))
+
+    @property
+    def device_note(self) -> str:
+        """The GPU's name, or what stood in its way under "auto"."""
+        return ffi.string(lib.mq_model_device_note(self.handle)).decode("utf-8", errors="replace")
 
     def close(self) -> None:
         """Release the file; every session must be closed before. Closing twice is allowed."""
@@ -210,6 +245,7 @@ class NativeSession:
         self._raw_handle = handle[0]
         self._block_count = model.info().block_count
         self._close = weakref.finalize(self, lib.mq_session_close, self._raw_handle)
+        self._close.atexit = False
 
     @property
     def _handle(self) -> Any:
@@ -282,6 +318,22 @@ class NativeSession:
             error,
         )
 
+    def greedy(self, token: int, n: int) -> tuple[np.ndarray, float]:
+        """Evaluate `token` and n - 1 times the most likely token after it. Returns int32 [n], the token after each, and
+        the milliseconds on the GPU, 0 on the CPU."""
+        chosen = np.empty(n, np.int32)
+        milliseconds, error = ffi.new("float *"), ffi.new("mq_error *")
+        buffer = ffi.from_buffer("int32_t[]", chosen, require_writable=True)
+        _check(lib.mq_session_greedy(self._handle, token, n, buffer, milliseconds, error), error)
+        return chosen, milliseconds[0]
+
+    @property
+    def device_bytes(self) -> DeviceBytes:
+        """All 0 on the CPU."""
+        sizes = [ffi.new("uint64_t *") for _ in range(3)]
+        lib.mq_session_device_bytes(self._handle, *sizes)
+        return DeviceBytes(*(size[0] for size in sizes))
+
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values it has room for."""
@@ -325,6 +377,13 @@ class NativeSession:
         """Replace the cache by one that `state` gave."""
         error = ffi.new("mq_error *")
         _check(lib.mq_session_state_set(self._handle, ffi.from_buffer("uint8_t[]", state), len(state), error), error)
+
+
+def measure_device_matvec(rows: int, columns: int, depth: int, repeats: int) -> tuple[list[float], int]:
+    """Microseconds per mat-vec on the GPU of weights from memory in each pass, and the bytes one reads."""
+    microseconds, size, error = ffi.new("double[]", repeats), ffi.new("size_t *"), ffi.new("mq_error *")
+    _check(lib.mq_device_measure_matvec(rows, columns, depth, repeats, microseconds, size, error), error)
+    return list(microseconds), size[0]
 
 
 def measure_read(n_threads: int, size: int, repeats: int) -> list[float]:

@@ -13,6 +13,8 @@ from typing import TypedDict
 
 import numpy as np
 
+_GREEDY = 1e-20  # below, a quotient could be too large for float32, and one token has all the probability
+
 
 class SamplingOptions(TypedDict, total=False):
     """The keyword arguments of SamplingSettings, for functions that pass them on."""
@@ -59,7 +61,7 @@ class SamplingSettings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        positive = np.finfo(np.float32).tiny
+        positive = float(np.finfo(np.float32).tiny)
         limits = {
             "temperature": (0, np.inf),
             "top_k": (0, np.inf),
@@ -95,11 +97,20 @@ class Sampler:
         self._max_surprise = 2 * settings.mirostat_tau  # mirostat's mu
 
     def sample(self, logits: np.ndarray, previous: Sequence[int] = ()) -> int:
-        """One token id from float32 [vocab] logits; `previous` are the tokens so far, oldest first."""
+        """One token id from float32 [vocab] logits; `previous` are the tokens so far, oldest first.
+
+        Raises ValueError when bias and penalties leave no finite logit, or one that is infinite."""
+        with np.errstate(over="ignore"):  # a bias or penalty may be larger than float32
+            return self._sample(logits, previous)
+
+    def _sample(self, logits: np.ndarray, previous: Sequence[int]) -> int:
         settings = self._settings
         logits = add_bias(logits, settings.logit_bias)
         logits = penalize(logits, previous[-settings.last_n :] if settings.last_n else (), settings)
-        if settings.temperature == 0:
+        if not np.isfinite(logits.max()):
+            found = "none" if logits.max() == -np.inf else f"{logits.max()}"
+            raise ValueError(f"logits: expected a finite largest one after bias and penalties, found {found}")
+        if settings.temperature < _GREEDY:
             return int(logits.argmax())
         if settings.mirostat_mode:
             return self._mirostat(logits)

@@ -1,6 +1,6 @@
 """A saved session as bytes: the tokens in the cache with their precision, and the cache as the C library gives it.
 
-8 bytes  magic       4 bytes  length of the header, little-endian
+8 bytes  magic       4 bytes  length of the header, little-endian       4 bytes  its CRC-32
 header   JSON: {"tokens": [...], "budgets": [{"bits": ..., "routed": ...}, ...], "used": [[index, count], ...]}
 cache    checked by the C library (runtime/src/state.c)
 """
@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 
 from runtime.budget import Budget
 
-_MAGIC = b"MQSAVED1"
-_PREFIX = struct.Struct("<8sI")
+_MAGIC = b"MQSAVED2"
+_PREFIX = struct.Struct("<8sII")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class SavedSession:
             ],
         }
         text = json.dumps(header, separators=(",", ":")).encode("ascii")
-        return b"".join((_PREFIX.pack(_MAGIC, len(text)), text, self.cache))
+        return b"".join((_PREFIX.pack(_MAGIC, len(text), zlib.crc32(text)), text, self.cache))
 
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview) -> SavedSession:
@@ -45,11 +46,14 @@ class SavedSession:
         data = memoryview(data).cast("B")
         if len(data) < _PREFIX.size or bytes(data[: len(_MAGIC)]) != _MAGIC:
             raise ValueError("saved session: expected bytes that save_state gave, found something else")
-        _, size = _PREFIX.unpack_from(data)
+        _, size, checksum = _PREFIX.unpack_from(data)
         if size > len(data) - _PREFIX.size:
             raise ValueError(f"saved session: expected a header of {size} bytes, found {len(data) - _PREFIX.size}")
+        text = bytes(data[_PREFIX.size : _PREFIX.size + size])
+        if zlib.crc32(text) != checksum:
+            raise ValueError("saved session: its header was altered: its checksum differs")
         try:
-            header = json.loads(bytes(data[_PREFIX.size : _PREFIX.size + size]))
+            header = json.loads(text)
             tokens = [int(token) for token in header["tokens"]]
             budgets = [Budget(**budget) for budget in header["budgets"]]
             runs = [(budgets[index], count) for index, count in header["used"]]

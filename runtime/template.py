@@ -17,11 +17,12 @@ OUTPUT_CHARACTERS = 4 << 20
 
 
 def main() -> None:
-    """{"template", "variables"} from stdin; {"text"} or {"error"} to stdout."""
+    """{"template", "variables"} in a line from stdin; {"text"} or {"error"} to stdout."""
     _limit_resources()
 
-    request = json.load(sys.stdin)
     try:
+        # One line, not until the end: a process forked from ours since may hold the pipe open.
+        request = json.loads(sys.stdin.readline())
         answer = {"text": render(request["template"], request["variables"])}
     except MemoryError:
         answer = {"error": f"it needs more than {MEMORY_BYTES >> 20} MB"}
@@ -69,9 +70,15 @@ def _limit_resources() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    # jinja2's own filter escapes for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes for HTML. No other option of json.dumps: `default` would call what the sandbox guards.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

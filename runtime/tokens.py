@@ -98,8 +98,13 @@ class Tokenizer:
 
 
 def as_text(text: str | bytes) -> str:
-    """Bytes are read as UTF-8. Raises ValueError with the first byte that is not."""
+    """Bytes are read as UTF-8. Raises ValueError with the first byte that is not, or half a surrogate pair."""
     if isinstance(text, str):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            found = f"half a surrogate pair, {text[error.start]!r}, at {error.start}"
+            raise ValueError(f"text: expected Unicode text, found {found}") from None
         return text
     try:
         return text.decode("utf-8")

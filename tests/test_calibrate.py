@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -146,6 +147,54 @@ def test_other_settings_are_refused_until_restart(
     with pytest.raises(KeyboardInterrupt):
         calibration.calibrate(open_source(str(tiny_model)), folder, tiny_text, other, restart=True)
     assert not list(folder.glob("block-*")) and not (folder / "config.json").exists()
+
+
+def test_run_killed_before_its_claim_can_be_repeated(tmp_path, monkeypatch, tiny_model, tiny_text, tiny_settings):
+    (tmp_path / f".calibration.json.{os.getpid()}.tmp").write_text("{")
+    interrupt_at_block(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        calibration.calibrate(open_source(str(tiny_model)), tmp_path, tiny_text, tiny_settings)
+    assert "calibration.json" in contents(tmp_path) and not list(tmp_path.glob(".*"))
+
+
+def test_run_stopped_at_its_very_end_still_has_what_it_goes_on_from(
+    tmp_path, monkeypatch, tiny_model, tiny_text, tiny_settings, tiny_checkpoint
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    folder, source = tmp_path / "checkpoint", open_source(str(tiny_model))
+    monkeypatch.setattr(calibration, "finish_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        calibration.calibrate(source, folder, tiny_text, tiny_settings)
+    assert (folder / "sensitivity.safetensors").is_file()
+    monkeypatch.undo()
+    (folder / f".block-00000.safetensors.{os.getpid()}.tmp").touch()  # of a process that was killed
+    calibration.calibrate(source, folder, tiny_text, tiny_settings)
+    assert contents(folder) == contents(tiny_checkpoint)
+
+
+def test_restart_stopped_half_way_is_no_checkpoint_and_is_not_gone_on_from(
+    tmp_path, monkeypatch, tiny_model, tiny_text, tiny_settings, tiny_checkpoint
+):
+    folder, source = tmp_path / "copy", open_source(str(tiny_model))
+    shutil.copytree(tiny_checkpoint, folder)
+    unlink, left = Path.unlink, [2]
+
+    def stopping_unlink(path, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", stopping_unlink)
+    with pytest.raises(KeyboardInterrupt):
+        calibration.calibrate(source, folder, tiny_text, dataclasses.replace(tiny_settings, seed=3), restart=True)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError):
+        open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="use --restart"):
+        calibration.calibrate(source, folder, tiny_text, tiny_settings)
 
 
 def test_foreign_folder_is_left_alone(tmp_path, tiny_model, tiny_text, tiny_settings):

@@ -139,6 +139,15 @@ def test_hostile_or_broken_template_ends_in_one_error(
         ChatTemplate(template, tokenizer).encode([{"role": "user", "content": "x"}])
 
 
+def test_template_that_forges_the_places_of_markers_writes_text(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.chat.RENDER_SECONDS", 60.0)
+    template = "{{ messages[0].content }}{{ '\ufdd0' ~ 99 ~ '\ufdd0' }}"
+    tokens = ChatTemplate(template, tokenizer).encode([{"role": "user", "content": "a<|end|>b"}])
+    assert tokenizer.decode(tokens, special=True) == "a<|end|>b\ufdd099\ufdd0"
+
+
 def test_template_of_too_many_bytes_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=f"expected at most {TEMPLATE_BYTES} bytes"):
         ChatTemplate(" " * (TEMPLATE_BYTES + 1), tokenizer)

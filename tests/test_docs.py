@@ -83,3 +83,14 @@ def test_every_feature_claimed_names_a_test_that_exists() -> None:
         match = re.fullmatch(r"`(test_\w+)::(test_\w+)`", test)
         assert match, f"{feature}: expected `file::test`, found {test}"
         assert match[2] in defined.get(match[1], ()), f"{feature}: no such test: {test}"
+
+
+def test_every_security_promise_names_tests_that_exist() -> None:
+    rows = re.findall(r"^\| (?!promise|---)(.+?) \| (.+) \|$", (ROOT / "SECURITY.md").read_text(), re.MULTILINE)
+    assert len(rows) > 12
+    for promise, tests in rows:
+        files = re.findall(r"`(?:python -m )?(tests[/.][\w./]+)", tests)
+        assert files, f"{promise}: expected a test, found none"
+        for file in files:
+            path = file if "/" in file else file.replace(".", "/") + ".py"
+            assert (ROOT / path).exists(), f"{promise}: no such file: {path}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -69,19 +68,6 @@ def expect_error(capfd: pytest.CaptureFixture[str], message: str, *arguments: ob
     assert (status, out) == (1, "")
     last = err.splitlines()[-1]  # after transformers' own progress
     assert re.match(f"error: .*{message}", last), err
-
-
-def test_full_precision_with_a_window_starts_anew_where_its_cache_has_left(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "windowed"
-    shutil.copytree(tiny_model, folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    tokens = np.random.default_rng(2).integers(2, 320, 40).astype(np.int32)
-    other = np.concatenate([tokens[:10], tokens[20:]])
-    with closing(open_backend(folder)) as model, closing(open_backend(folder)) as fresh:
-        next(model.predict(tokens, 30))
-        np.testing.assert_array_equal(next(model.predict(other, 5)), next(fresh.predict(other, 5)))
 
 
 # Figures

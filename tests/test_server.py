@@ -284,7 +284,7 @@ def test_a_waiting_client_that_leaves_frees_its_place_and_one_too_many_is_refuse
 
 
 def test_time_and_token_limits_end_an_answer(path: Path) -> None:
-    with serving("-m", path, "--timeout", 1, "--max-tokens", 5) as port:
+    with serving("-m", path, "--timeout", 30, "--max-tokens", 5) as port:
         status, answer = request(port, "/v1/chat/completions", {"messages": TALK, "max_tokens": 100})
         assert (status, answer["usage"]["completion_tokens"]) == (200, 5)
     with serving("-m", path, "--timeout", 0.5) as port:

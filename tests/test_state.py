@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,11 @@ def test_every_cut_and_every_flipped_byte_is_refused(path: Path, model: Model) -
             other.load_state(state + b"\0")
         random = np.random.default_rng(0)
         cache = state.index(b"MQSTATE")
+        for at in range(cache):
+            altered = bytearray(state)
+            altered[at] ^= 1 << int(random.integers(8))
+            with pytest.raises(ValueError, match="saved session: "):
+                other.load_state(altered)
         for at in random.integers(cache, len(state), 300).tolist() + list(range(cache, cache + HEADER)):
             altered = bytearray(state)
             altered[at] ^= 1 << int(random.integers(8))
@@ -185,10 +191,11 @@ def test_forged_header_is_refused(path: Path, model: Model, changes: dict) -> No
     model.eval([1, 2, 3])
     state = model.save_state()
     (size,) = struct.unpack_from("<I", state, 8)
-    header = json.dumps(json.loads(state[12 : 12 + size]) | changes).encode()
+    header = json.dumps(json.loads(state[16 : 16 + size]) | changes).encode()
+    prefix = state[:8] + struct.pack("<II", len(header), zlib.crc32(header))
     with Model(path) as other:
-        with pytest.raises(ValueError, match="saved session: "):
-            other.load_state(state[:8] + struct.pack("<I", len(header)) + header + state[12 + size :])
+        with pytest.raises(ValueError, match="saved session: its header is damaged"):
+            other.load_state(prefix + header + state[16 + size :])
         assert other.position == 0
 
 
@@ -200,5 +207,5 @@ def test_header_and_cache_of_different_lengths_leave_an_empty_session(path: Path
     (size,), (longer_size,) = struct.unpack_from("<I", state, 8), struct.unpack_from("<I", longer, 8)
     with Model(path) as other:
         with pytest.raises(ValueError, match="4 in the cache and 3 in its header"):
-            other.load_state(state[: 12 + size] + longer[12 + longer_size :])
+            other.load_state(state[: 16 + size] + longer[16 + longer_size :])
         assert other.position == 0

@@ -64,21 +64,21 @@ class RuntimeBackend:
     ) -> None:
         from runtime.model import Model
 
-        self._model = Model(path, n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type, check_tensors=check_tensors)
-        self._highest = self._model.budget
-        info = self._model.info
-        self.tokenizer = self._model.tokenizer
-        self.n_ctx = self._model.n_ctx
+        self.model = Model(path, n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type, check_tensors=check_tensors)
+        self._highest = self.model.budget
+        info = self.model.info
+        self.tokenizer = self.model.tokenizer
+        self.n_ctx = self.model.n_ctx
         self.scale_bits = 8 * info.scale_bytes / info.routed_weights
         self.router_bits = 8 * info.router_bytes / info.routed_weights
         self.bits_read = float("nan")
 
     def set_budget(self, budget: Budget | None) -> None:
-        self._model.budget = budget or self._highest
-        self._model.reset()
+        self.model.budget = budget or self._highest
+        self.model.reset()
 
     def predict(self, tokens: np.ndarray, first: int) -> Iterator[np.ndarray]:
-        model, before, last = self._model, self._model.stats, len(tokens) - 1
+        model, before, last = self.model, self.model.stats, len(tokens) - 1
         cached = model.reuse(tokens[:first].tolist())
         if cached < first - 1:
             model.eval(tokens[cached : first - 1])
@@ -87,7 +87,7 @@ class RuntimeBackend:
         self.bits_read = (model.stats - before).average_bits
 
     def close(self) -> None:
-        self._model.close()
+        self.model.close()
 
 
 def open_backend(
@@ -97,18 +97,15 @@ def open_backend(
     n_ctx: int = 0,
     n_threads: int | None = None,
     cache_type: tuple[str, str] = ("f16", "f16"),
-    check_tensors: bool = False,
 ) -> Backend:
     """Open a GGUF file, a checkpoint folder or a full-precision folder.
 
     device: where torch runs a folder. n_ctx: tokens of context, 0 for the model's own. n_threads, cache_type: of the C
-    runtime; a folder ignores them. check_tensors: read all of a GGUF file first and refuse it when it is damaged.
+    runtime; a folder ignores them.
     Raises ValueError, OSError or MobiQuantError when it cannot be opened, ImportError when torch is needed and missing.
     """
     if not path.is_dir():
-        return RuntimeBackend(
-            path, n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type, check_tensors=check_tensors
-        )
+        return RuntimeBackend(path, n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type)
     try:
         from mobiquant.evaluation.torch_backends import open_folder
     except ImportError as error:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mobiquant.evaluation.backends import Backend, open_backend
+from mobiquant.evaluation.backends import Backend, RuntimeBackend, open_backend
 from mobiquant.evaluation.baselines import Baseline, read_baselines
 from mobiquant.evaluation.evaluate import DEFAULT_BUDGETS, FULL, Precision, TextResult, score_windows, text_windows
 from mobiquant.evaluation.plot import check_plot, draw
@@ -110,6 +110,8 @@ def perplexity_command(args: argparse.Namespace) -> int:
     row = result.rows[0]
     figures = row.score.to_dict(row.bits)
     print(format_result(figures if args.bits is None else figures | {"bits": args.bits}, args.output))
+    if result.interrupted:
+        print(f"interrupted: this is the score of {result.windows} of {result.planned} windows", file=sys.stderr)
     return _INTERRUPTED if result.interrupted else 0
 
 
@@ -215,13 +217,19 @@ def _answer_tasks(
 
 def _open(stack: ExitStack, path: Path, args: argparse.Namespace) -> Backend:
     """A model that `stack` closes."""
+    device = getattr(args, "device", "cpu")  # `perplexity` has no such flag
     if path.is_dir():
         prepare_torch(args.threads)
-    device = getattr(args, "device", "cpu")  # `perplexity` has no such flag, and `evaluate` not the next
-    check = getattr(args, "check_tensors", False)
+        return stack.enter_context(closing(open_backend(path, device=device, n_threads=args.threads)))
+    from runtime.commands.faults import watch
+
+    watch(path)
     types = (args.cache_type_k, args.cache_type_v)
-    backend = open_backend(path, device=device, n_threads=args.threads, cache_type=types, check_tensors=check)
-    return stack.enter_context(closing(backend))
+    check = getattr(args, "check_tensors", False)  # nor `evaluate` this one
+    opened = RuntimeBackend(path, n_threads=args.threads, cache_type=types, check_tensors=check)
+    backend = stack.enter_context(closing(opened))
+    watch(path, backend.model)
+    return backend
 
 
 def _check_counts(args: argparse.Namespace, *names: str) -> None:

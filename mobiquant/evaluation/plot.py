@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise
@@ -15,6 +14,7 @@ import numpy as np
 from mobiquant.evaluation.baselines import Baseline
 from mobiquant.evaluation.evaluate import Row
 from mobiquant.evaluation.report import Report, TextReport
+from runtime.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,15 +73,10 @@ def draw(report: Report, path: Path) -> None:
     figure.draw_without_rendering()  # fixes the axes, which the places of labels depend on
     for panel, points in zip(panels, labels, strict=True):
         _place_labels(panel, points)
-    temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
     # The same figures give the same file: no date, no random ids.
     metadata = {"Date": None} if path.suffix == ".svg" else None
-    try:
-        with matplotlib.rc_context({"svg.hashsalt": "mobiquant"}):
-            figure.savefig(temporary, dpi=150, metadata=metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "mobiquant"}):
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
 
 
 @dataclass(frozen=True)

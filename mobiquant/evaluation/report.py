@@ -9,7 +9,6 @@ acc_norm_stderr, same_answers}. kl is in nats per token, top1, acc and same_answ
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from mobiquant.evaluation.baselines import Baseline
 from mobiquant.evaluation.evaluate import Row, TextResult
+from runtime.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,8 @@ class Report:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write the JSON under a temporary name and rename it. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(report.to_json() + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the JSON, all of it or nothing. Raises OSError."""
+    write_atomically(path, f"{report.to_json()}\n".encode())
 
 
 def _text_to_dict(text: TextReport) -> dict[str, Any]:

@@ -87,10 +87,7 @@ class FullPrecisionBackend:
         read = tokens[:-1].tolist()
         kept = shared_prefix(self._cached, read[: first - 1])
         if kept < len(self._cached):
-            try:
-                self._cache.crop(kept - len(self._cached))  # a negative number of tokens is taken off the end
-            except RuntimeError:  # a sliding window has left what comes before
-                self._cache, kept = DynamicCache(config=self._model.config), 0
+            self._cache.crop(kept - len(self._cached))  # a negative number of tokens is taken off the end
         self._cached = read
         ids = torch.tensor([read[kept:]], device=self._model.device)
         output = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=len(tokens) - first)

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.budget import Budget
+from runtime.commands.faults import watch
 from runtime.native import NativeModel, NativeSession, measure_matvec, measure_read
 
 READ_BYTES = 400_000_000
@@ -31,6 +32,7 @@ class Row:
     """One case and its samples. Names shared with llama-bench's JSON mean the same; speeds are tokens per second.
 
     bytes_per_token, gb_per_s, percent_of_bandwidth: of generation only; a prompt reads weights once for many tokens.
+    The bandwidth is the CPU's, so the GPU has no percentage.
     """
 
     model: str
@@ -63,7 +65,7 @@ class Row:
         generation = {
             "bytes_per_token": round(self.bytes_per_token),
             "gb_per_s": self.gb_per_s,
-            "percent_of_bandwidth": 100 * self.gb_per_s / max(self.bandwidths),
+            "percent_of_bandwidth": 100 * self.gb_per_s / max(self.bandwidths) if self.bandwidths else None,
         }
         return {
             **{key: value for key, value in asdict(self).items() if key not in ("bandwidths", "bytes_per_token")},
@@ -93,11 +95,15 @@ class Plan:
     output_bits: int | None
     repetitions: int
     kernel: str | None
+    device: str
 
 
 def bench_file(path: Path, plan: Plan, progress: Callable[[str], None]) -> list[Row]:
     """Measure a file. Raises MobiQuantError for a bad file or option."""
-    model = NativeModel(path, allow_partial=False, mmap=True)
+    watch(path)
+    model = NativeModel(path, allow_partial=False, mmap=True, device=plan.device)
+    watch(path, model)
+    backend = model.device.upper()
     context = min(model.info().context_length, max(plan.depths) + max(*plan.prompts, *plan.generations, 1))
     keys, values = plan.cache_types
     sessions = {
@@ -119,16 +125,18 @@ def bench_file(path: Path, plan: Plan, progress: Callable[[str], None]) -> list[
             name = f"{budget.bits:g}{' avg' if budget.routed else ' static' if budget.static else ''}"
             lengths = [(n, 0) for n in plan.prompts if n] + [(0, n) for n in plan.generations if n]
             for depth, pair in itertools.product(plan.depths, lengths):
-                row = Row(path.stem, size, "CPU", session.kernel, threads, name, keys, values, *pair, depth)
+                row = Row(path.stem, size, backend, session.kernel, threads, name, keys, values, *pair, depth)
                 cases.append((row, budget))
     for repetition in range(plan.repetitions + 1):
-        read = {threads: READ_BYTES / min(measure_read(threads, READ_BYTES, 3)) / 1e9 for threads in plan.threads}
+        read = {}
+        if backend == "CPU":
+            read = {threads: READ_BYTES / min(measure_read(threads, READ_BYTES, 3)) / 1e9 for threads in plan.threads}
         for row, budget in cases:
             progress(f"{repetition}/{plan.repetitions} {row.test} {row.bits} bits, {row.n_threads} threads")
             speed = _run(sessions[row.n_threads], row, budget, plan.output_bits)
             if repetition:  # the first round warms up pages, clocks and caches
                 row.samples_ts.append(speed)
-                row.bandwidths.append(read[row.n_threads])
+                row.bandwidths += [read[row.n_threads]] if read else []
     return [row for row, _ in cases]
 
 
@@ -186,7 +194,11 @@ def format_rows(rows: Sequence[Row], output: str) -> str:
         traffic = ["", "", ""]
         if row.n_gen:
             percent = values["percent_of_bandwidth"]
-            traffic = [f"{row.bytes_per_token / 1e6:.1f}", f"{row.gb_per_s:.1f}", f"{percent:.0f}"]
+            traffic = [
+                f"{row.bytes_per_token / 1e6:.1f}",
+                f"{row.gb_per_s:.1f}",
+                "" if percent is None else f"{percent:.0f}",
+            ]
         size = f"{row.size / 2**20:.1f} MiB"
         names = [row.model, size, row.backend, row.kernel, str(row.n_threads), row.bits, row.test]
         table.append([*names, *figures, *traffic])

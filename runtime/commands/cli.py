@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runtime.budget import DEPTH_BITS
 from runtime.commands.converse import add_chat
-from runtime.commands.options import add_cache_options, one_line_errors
+from runtime.commands.options import add_cache_options, add_device_options, device_option, one_line_errors
 from runtime.commands.run import add_run
 from runtime.commands.serve import add_serve
 
@@ -51,6 +51,7 @@ def _add_bench(subparsers: argparse._SubParsersAction) -> None:
     bench.add_argument("--avg-bits", type=_averages, default=[], metavar="X,..", help="routed averages (none)")
     bench.add_argument("--output-bits", type=int, choices=DEPTH_BITS, help="of the output head (default: as --bits)")
     bench.add_argument("--kernel", help="kernels to use; also $MOBIQUANT_KERNEL")
+    add_device_options(bench)
     bench.add_argument("-o", "--output", choices=("md", "csv", "json"), default="md", help="(%(default)s)")
     bench.set_defaults(func=bench_command)
 
@@ -69,6 +70,7 @@ def bench_command(args: argparse.Namespace) -> int:
     from runtime.budget import Budget
     from runtime.commands.bench import LINEAR_SHAPES, Plan, bench_file, bench_linears, format_rows
     from runtime.cpu import physical_cores
+    from runtime.native import device_for
 
     threads = args.threads or [physical_cores()]
     kernel = args.kernel or os.environ.get("MOBIQUANT_KERNEL") or None
@@ -89,6 +91,7 @@ def bench_command(args: argparse.Namespace) -> int:
         output_bits=args.output_bits,
         repetitions=args.repetitions,
         kernel=kernel,
+        device=device_for(device_option(args), kernel, (args.cache_type_k, args.cache_type_v)),
     )
     show = _rewritten_line()
     rows = bench_file(args.model, plan, show)
@@ -115,9 +118,11 @@ def info_command(args: argparse.Namespace) -> int:
     if args.model is None:
         print(describe_machine())
         return 0
+    from runtime.commands.faults import watch
     from runtime.model import Model
 
-    with Model(args.model, n_ctx=1, n_threads=1, n_batch=1, allow_partial=True) as model:
+    watch(args.model)
+    with Model(args.model, n_ctx=1, n_threads=1, n_batch=1, allow_partial=True, device="cpu") as model:
         print(describe(model))
     return 0
 
@@ -125,9 +130,11 @@ def info_command(args: argparse.Namespace) -> int:
 @one_line_errors
 def verify_command(args: argparse.Namespace) -> int:
     """`mobiquant verify`: a line for everything that is wrong with a file, and exit status 1; or that nothing is."""
+    from runtime.commands.faults import watch
     from runtime.native import NativeModel
     from runtime.verify import findings
 
+    watch(args.model)
     good = True
     for finding in findings(args.model):
         good = False

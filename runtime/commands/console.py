@@ -25,7 +25,9 @@ def ending_on_interrupt() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         interrupted = True
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # a command started in the background with Ctrl-C ignored is to stay so
+        signal.signal(signal.SIGINT, handle)
     try:
         yield lambda: interrupted
     finally:

@@ -185,6 +185,10 @@ def _listen(conversation: Conversation, *, once: bool) -> None:
                 conversation.answer(line)
                 if once:
                     return
+        except KeyboardInterrupt:  # before or after an answer's tokens; a terminal is there to go on
+            if not terminal:
+                raise
+            print(file=sys.stderr)
         except (RuntimeError, ValueError) as error:
             if not terminal:
                 raise
@@ -199,6 +203,8 @@ def _read_message(terminal: bool) -> str | None:
         try:
             line = _prompted() if terminal else sys.stdin.readline()
         except KeyboardInterrupt:  # at the prompt it throws the line away
+            if not terminal:
+                raise
             print(file=sys.stderr)
             lines = []
             continue

@@ -72,11 +72,36 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add_cache_options(group)
     group.add_argument("--kernel", help="kernels to use, see `mobiquant info`; also $MOBIQUANT_KERNEL")
+    add_device_options(group)
     group.add_argument("--partial", action="store_true", help="accept a file cut after its last base slice")
     group.add_argument(
         "--check-tensors", action="store_true", help="read all of the file first; refuse it when it is damaged"
     )
     group.add_argument("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
+
+
+def add_device_options(group: argparse._ActionsContainer) -> None:
+    """Where to run."""
+    group.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        help="the GPU, the CPU, or the GPU where it can be used (auto)",
+    )
+    group.add_argument(
+        "-ngl",
+        "--gpu-layers",
+        type=int,
+        metavar="N",
+        help="as in llama.cpp: 0 is --device cpu, anything else --device cuda; all blocks go to the GPU or none",
+    )
+
+
+def device_option(args: argparse.Namespace) -> str:
+    """What --device and -ngl ask for together. Raises ValueError when they disagree."""
+    asked = None if args.gpu_layers is None else "cpu" if args.gpu_layers == 0 else "cuda"
+    if asked and args.device and asked != args.device:
+        raise ValueError(f"-ngl {args.gpu_layers} is --device {asked}, found --device {args.device} beside it")
+    return args.device or asked or "auto"
 
 
 def add_cache_options(group: argparse._ActionsContainer) -> None:
@@ -89,6 +114,7 @@ def add_cache_options(group: argparse._ActionsContainer) -> None:
 
 def open_model(args: argparse.Namespace) -> Model:
     """The model that the flags of `add_model_options` ask for."""
+    from runtime.commands.faults import watch
     from runtime.model import Model
 
     path = args.model
@@ -97,8 +123,9 @@ def open_model(args: argparse.Namespace) -> Model:
 
         repository, _, filename = args.hf_repo.partition(":")
         path = download(repository, filename or None)
+    watch(path)
     try:
-        return Model(
+        model = Model(
             path,
             n_ctx=args.ctx_size,
             n_threads=args.threads,
@@ -111,11 +138,14 @@ def open_model(args: argparse.Namespace) -> Model:
             allow_partial=args.partial,
             mmap=not args.no_mmap,
             check_tensors=args.check_tensors,
+            device=device_option(args),
         )
     except MobiQuantError as error:
         if error.status != "MQ_ERR_TRUNCATED" or args.partial:
             raise
         raise MobiQuantError(f"{error}; try --partial", error.status) from error
+    watch(path, model)
+    return model
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import platform
 
 from runtime.cpu import cpu_flags
 from runtime.model import Model
-from runtime.native import ModelInfo, kernels, version
+from runtime.native import ModelInfo, device_info, kernels, version
 
 _SLICES = 4
 
@@ -48,7 +48,9 @@ def describe_machine() -> str:
 
 
 def _machine(active: str) -> list[tuple[str, str]]:
-    return [("kernels", _kernels(active)), ("cpu", " ".join(cpu_flags()) or "flags unknown")]
+    usable, gpu = device_info()
+    rows = [("kernels", _kernels(active)), ("cpu", " ".join(cpu_flags()) or "flags unknown")]
+    return [*rows, ("gpu", gpu if usable else f"none in use: {gpu}")]
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

@@ -120,6 +120,8 @@ def _stream(args: argparse.Namespace, model: Model, prompt: str, settings: Sampl
             fragments += print_pieces(generation, scale if args.show_bits else None)
             print(flush=True)
             print_summary(generation, scale if args.show_bits else None)
+            if interrupted() and not generation.figures.prompt.tokens:
+                print("interrupted", file=sys.stderr)
             status = 130 if interrupted() else 0
         line = sys.stdin.readline() if args.interactive else ""
         if not line:

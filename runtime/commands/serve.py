@@ -48,6 +48,7 @@ def serve_command(args: argparse.Namespace) -> int:
         import uvicorn
 
         from runtime.server.app import Limits, Server
+        from runtime.server.connection import connection_class
     except ImportError as error:
         raise ImportError(f"serving needs more packages ({error}); run: pip install 'mobiquant[server]'") from error
     limits = Limits(args.max_body, args.max_tokens, args.parallel, args.queue, args.timeout)
@@ -55,8 +56,9 @@ def serve_command(args: argparse.Namespace) -> int:
     with socket.create_server((args.host, args.port), family=family) as listener, open_model(args) as model:
         config = uvicorn.Config(
             Server(model, limits, api_key).app(),
-            log_level="warning",
-            limit_concurrency=limits.sessions + limits.queue + 64,  # sockets, those refused for a full queue included
+            http=connection_class(limits.sessions + limits.queue + 64),  # those refused for a full queue included
+            ws="none",
+            log_level="error",  # what clients do wrong is no news
             timeout_graceful_shutdown=5,
         )
         print(f"listening on http://{args.host}:{listener.getsockname()[1]}/v1", file=sys.stderr, flush=True)

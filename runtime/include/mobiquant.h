@@ -29,7 +29,8 @@ typedef enum mq_status {
     MQ_ERR_THREAD,       /* a thread could not be started */
     MQ_ERR_BUSY,         /* the session is in use by another thread */
     MQ_ERR_FORGOTTEN,    /* a rewind to where a sliding window has left the cache */
-    MQ_ERR_CORRUPT       /* the bytes of a tensor are not those that were written, or no numbers of a model */
+    MQ_ERR_CORRUPT,      /* the bytes of a tensor are not those that were written, or no numbers of a model */
+    MQ_ERR_DEVICE        /* a GPU was asked for and cannot be used, or failed */
 } mq_status;
 
 typedef struct mq_error {
@@ -44,6 +45,7 @@ typedef struct mq_model_options {
     int32_t allow_partial; /* 1: accept a file cut after its last base slice, at the depths that are complete */
     int32_t no_mmap;       /* 1: read the file into memory instead of mapping it */
     int32_t check_tensors; /* 1: mq_model_check for all of the file, which reads every byte */
+    const char *device;    /* NULL or "cpu"; "cuda": sessions run on the GPU; "auto": there if it can be used, else on the CPU */
 } mq_model_options;
 
 typedef struct mq_model_info {
@@ -93,8 +95,22 @@ const char *mq_status_name(mq_status status); /* "MQ_ERR_IO" ... */
 const char *mq_kernel_name(size_t index);
 int32_t mq_kernel_supported(size_t index);
 
+/* Whether a GPU can be used, and which, or why not. */
+typedef struct mq_device_info {
+    int32_t usable;
+    char text[512];
+} mq_device_info;
+void mq_device_describe(mq_device_info *info);
+/* Microseconds per mat-vec of one rows x columns linear at `depth` on the GPU, in each of `repeats` passes over random copies that
+ * its caches cannot hold. *bytes: what one reads. */
+mq_status mq_device_measure_matvec(uint32_t rows, uint32_t columns, uint32_t depth, uint32_t repeats, double *microseconds,
+                                   size_t *bytes, mq_error *error);
+
 mq_status mq_model_open(const char *path, const mq_model_options *options, mq_model **model, mq_error *error);
 void mq_model_close(mq_model *model); /* NULL is allowed; every session of it must be closed before */
+const char *mq_model_device(const mq_model *model); /* "cpu" or "cuda" */
+/* The GPU's name; on the CPU: what stood in the way of the GPU under "auto", or "". */
+const char *mq_model_device_note(const mq_model *model);
 void mq_model_get_info(const mq_model *model, mq_model_info *info);
 /* The value of a string key as bytes in the file (not 0-terminated), valid until close. *data is NULL when absent. */
 mq_status mq_model_string(const mq_model *model, const char *key, const char **data, size_t *size, mq_error *error);
@@ -110,6 +126,9 @@ mq_status mq_session_open(const mq_model *model, const mq_session_options *optio
 void mq_session_close(mq_session *session);
 const char *mq_session_kernel(const mq_session *session);
 
+/* Bytes in the memory of the GPU: the file's tensors, shared by the model's sessions; this session's cache and buffers. 0 on the CPU. */
+void mq_session_device_bytes(const mq_session *session, uint64_t *weights, uint64_t *cache, uint64_t *workspace);
+
 /* One depth for every token and routed linear. depth: 1..max_depth. */
 mq_status mq_session_set_depth(mq_session *session, uint32_t depth, mq_error *error);
 /* Routed: average bits per routed weight, 2..2·max_depth. */
@@ -123,6 +142,10 @@ mq_status mq_session_set_output_depth(mq_session *session, uint32_t depth, mq_er
 /* Evaluate n tokens after the current position. logits: [n_logits][vocab_size] float32 of the last n_logits tokens, may be
  * NULL when n_logits is 0. On an error the position is unchanged. */
 mq_status mq_session_eval(mq_session *session, const int32_t *tokens, size_t n, float *logits, size_t n_logits, mq_error *error);
+/* Evaluate `token`, then the most likely token after it (of equal ones the lowest), and so on, n evaluations in all: chosen [n], the
+ * token after each of them. On a GPU no token comes back before the last. milliseconds: the time on the GPU, 0 on the CPU; may
+ * be NULL. On an error the position is unchanged. */
+mq_status mq_session_greedy(mq_session *session, int32_t token, size_t n, int32_t *chosen, float *milliseconds, mq_error *error);
 uint32_t mq_session_position(const mq_session *session);
 uint32_t mq_session_context(const mq_session *session); /* n_ctx */
 size_t mq_session_cache_bytes(const mq_session *session); /* of keys and values */
@@ -141,7 +164,8 @@ mq_status mq_session_eval_hidden(mq_session *session, const int32_t *tokens, siz
                                  mq_error *error);
 
 /* The cache up to the position as bytes: a header, the bits asked for, the depths read, keys and values. They fit every session of the same model
- * file, whatever its threads, batch and kernels, on machines of one byte order. MQ_ERR_UNSUPPORTED off the CPU. */
+ * file, whatever its threads, batch and kernels, on machines of one byte order. A GPU's fit the CPU and
+ * the other way round. */
 size_t mq_session_state_size(const mq_session *session);
 /* Writes exactly mq_session_state_size bytes; `size` is what `data` can hold. */
 mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, mq_error *error);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -23,11 +25,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from runtime.errors import MobiQuantError
 from runtime.model import Model
+from runtime.server.connection import error_body
 from runtime.server.metrics import Metrics
 from runtime.server.pool import OutOfTimeError, QueueFullError, SessionPool
 from runtime.server.protocol import BadRequest, Call, parse_chat, parse_completion
 
 _BODY_SECONDS = 30.0  # for a body to arrive
+_log = logging.getLogger("uvicorn.error")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Server:
                 Route("/v1/chat/completions", self._guarded(self._answer_with(parse_chat)), methods=["POST"]),
             ],
             lifespan=lifespan,
+            exception_handlers={HTTPException: _no_such_route},
         )
 
     # Routes
@@ -126,6 +131,8 @@ class Server:
             return await route(request)
         except _TooLarge as error:
             return _error(413, str(error))
+        except _TooSlow as error:
+            return _error(408, str(error))
         except BadRequest as error:
             return _error(400, str(error), error.param)
         except MobiQuantError as error:
@@ -135,10 +142,12 @@ class Server:
             return _error(400, str(error))
         except QueueFullError:
             return _error(503, f"{self._limits.queue} requests are waiting already; try again", retry_after=1)
-        except (OutOfTimeError, asyncio.TimeoutError):
+        except OutOfTimeError:
             return _error(504, f"the request took longer than {self._limits.seconds:g} s", retry_after=1)
         except ClientDisconnect:
             return Response(status_code=499)
+        except Exception as error:
+            return _error(500, _unexpected(error))
 
     def _authorized(self, request: Request) -> bool:
         if self._api_key is None:
@@ -160,10 +169,17 @@ class Server:
                     raise _TooLarge(f"body: expected at most {self._limits.body} bytes, found more")
             return bytes(body)
 
-        return await asyncio.wait_for(read(), _BODY_SECONDS)
+        try:
+            return await asyncio.wait_for(read(), _BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise _TooSlow(f"body: expected all of it within {_BODY_SECONDS:g} s") from None
 
 
 class _TooLarge(Exception):
+    pass
+
+
+class _TooSlow(Exception):
     pass
 
 
@@ -231,9 +247,12 @@ class _EventStream(Response):
                     if self._usage:
                         await event(json.dumps(chunk | {"choices": []}))
             await event("[DONE]")
-        except (MobiQuantError, ValueError, OutOfTimeError) as error:
-            message = "the request took longer than it may" if isinstance(error, OutOfTimeError) else str(error)
-            await event(json.dumps({"error": {"message": message, "type": "server_error", "param": None, "code": 500}}))
+        except OutOfTimeError:
+            await event(error_body(500, "the request took longer than it may").decode())
+        except (MobiQuantError, ValueError) as error:
+            await event(error_body(500, str(error)).decode())
+        except Exception as error:
+            await event(error_body(500, _unexpected(error)).decode())
         await send({"type": "http.response.body", "body": b""})
 
     def _chunk(self, chunk: dict[str, Any]) -> str:
@@ -242,6 +261,19 @@ class _EventStream(Response):
 
 
 def _error(status: int, message: str, param: str | None = None, retry_after: int | None = None) -> Response:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
-    return JSONResponse(body, status, headers={} if retry_after is None else {"retry-after": str(retry_after)})
+    headers = {} if retry_after is None else {"retry-after": str(retry_after)}
+    return Response(error_body(status, message, param), status, headers, "application/json")
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = "expected a path that this server has" if error.status_code == 404 else error.detail
+    response = _error(error.status_code, f"{request.method} {request.url.path}: {message}")
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _unexpected(error: Exception) -> str:
+    """What the client gets of an error that nobody foresaw; the log gets all of it."""
+    _log.error("a request failed", exc_info=error)
+    return f"the server failed at this request: {type(error).__name__}"

@@ -71,6 +71,8 @@ class SessionPool:
                 end: object = _END
             except Exception as error:
                 end = error
+            except BaseException as error:  # a panic in a package; without an end the request would wait for ever
+                end = RuntimeError(f"{type(error).__name__}: {error}")
             loop.call_soon_threadsafe(results.put_nowait, end)
 
         done = loop.run_in_executor(self._threads, produce)

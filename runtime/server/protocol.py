@@ -133,7 +133,10 @@ def _integer(lowest: int, highest: int | None = None) -> Callable[[Any], int]:
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("expected a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("expected a number of at most 308 digits") from None
 
 
 def _bits(value: Any) -> int | str:

@@ -22,6 +22,7 @@ mq_status mq_session_set_depth(mq_session *session, uint32_t depth, mq_error *er
     const mq_status status = mq_session_acquire(session, error);
     if (status == MQ_OK) {
         session->asked_bits = 0.0f;
+        session->budget_changed = true;
         memset(session->table, (int)depth, (size_t)model->hparams.block_count * MQ_LINEARS);
         mq_session_release(session);
     }
@@ -50,6 +51,7 @@ mq_status mq_session_set_static_bits(mq_session *session, float bits, mq_error *
     }
     if (status == MQ_OK) {
         session->asked_bits = 0.0f;
+        session->budget_changed = true;
         mq_static_depths(model, bits, session->table);
         mq_session_release(session);
     }
@@ -139,6 +141,7 @@ static void set_thresholds(mq_session *session, float bits)
 {
     const mq_hparams *hp = &session->model->hparams;
     float *thresholds = session->thresholds;
+    session->budget_changed = true;
     for (uint32_t i = 0; i < hp->block_count; i++) {
         for (size_t j = 0; j < MQ_ROUTERS; j++) {
             const mq_router *router = &session->model->blocks[i].router[j];

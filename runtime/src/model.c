@@ -2,6 +2,7 @@
 #include "model.h"
 
 #include "check.h"
+#include "device.h"
 #include "error.h"
 #include "memory.h"
 #include "router.h"
@@ -330,6 +331,11 @@ mq_status mq_model_open_mapping(const char *path, mq_mapping mapping, const mq_m
         return status;
     }
     fill_info(model);
+    status = mq_device_open(model, options->device, error);
+    if (status != MQ_OK) {
+        mq_model_close(model);
+        return status;
+    }
     *out = model;
     return MQ_OK;
 }
@@ -339,6 +345,7 @@ void mq_model_close(mq_model *model)
     if (model == NULL) {
         return;
     }
+    mq_device_close(model);
     free(model->static_order);
     free(model->blocks);
     gguf_close(&model->file);

@@ -44,6 +44,8 @@ struct mq_model {
     const uint8_t *checksums; /* u32 [tensor_count + 1] in the file, unaligned (check.h); NULL: it has none */
     uint32_t *static_order; /* [3·7·block_count] (static_order.h); NULL: the file has none */
     mq_model_info info;
+    struct mq_device *device;   /* NULL: the CPU (device.h) */
+    char device_note[512];      /* why not the GPU, or "" */
 };
 
 /* As mq_model_open on bytes that are in memory already; takes over `mapping`, also when it fails. `path` is for messages. */

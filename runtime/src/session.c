@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "budget.h"
 #include "definition.h"
+#include "device.h"
 #include "error.h"
 #include "memory.h"
 #include "rope.h"
@@ -103,26 +104,19 @@ static int32_t allocate_caches(mq_session *session)
         session->caches[i].head_dim = dim;
         slots += session->caches[i].slots;
     }
+    if (model->device != NULL) { /* keys and values are there */
+        return failed;
+    }
     failed = failed || allocate_side(session, session->key_type, slots, dim, offsetof(mq_cache, keys));
     return failed || allocate_side(session, session->value_type, slots, mq_padded_dim(dim), offsetof(mq_cache, values));
 }
 
-static int32_t allocate(mq_session *session, uint32_t n_threads)
+/* What a GPU has its own of: cache, batch and scratch. */
+static int32_t allocate_cpu(mq_session *session, uint32_t n_threads)
 {
     const mq_hparams *hp = &session->model->hparams;
-    const size_t ctx = session->n_ctx, half = hp->rope_dim / 2;
+    const size_t ctx = session->n_ctx;
     int32_t failed = allocate_batch(session);
-    failed |= allocate_caches(session);
-    for (size_t i = 0; i < MQ_ROPES; i++) {
-        if (session->model->inv_freq[i] != NULL) {
-            session->cosine[i] = own(session, product(ctx, half, 1), sizeof(float), &failed);
-            session->sine[i] = own(session, product(ctx, half, 1), sizeof(float), &failed);
-        }
-    }
-    session->depths = own(session, product(ctx, hp->block_count, MQ_LINEARS), sizeof(uint8_t), &failed);
-    session->table = own(session, product(hp->block_count, MQ_LINEARS, 1), sizeof(uint8_t), &failed);
-    session->thresholds = own(session, product(hp->block_count, MQ_LINEARS, MQ_GATES), sizeof(float), &failed);
-    session->asked_at = own(session, ctx, sizeof(float), &failed);
     session->scratch = own(session, n_threads, sizeof(mq_scratch), &failed);
     const size_t part = mq_part_floats(hp->head_dim), shared = hp->head_count / hp->head_count_kv;
     const size_t floats = product(MQ_ATTENTION_TOKENS, shared, part); /* whole cache lines, so that no line is shared */
@@ -136,6 +130,27 @@ static int32_t allocate(mq_session *session, uint32_t n_threads)
     return failed;
 }
 
+static int32_t allocate(mq_session *session, uint32_t n_threads)
+{
+    const mq_hparams *hp = &session->model->hparams;
+    const size_t ctx = session->n_ctx, half = hp->rope_dim / 2;
+    int32_t failed = allocate_caches(session);
+    for (size_t i = 0; i < MQ_ROPES; i++) {
+        if (session->model->inv_freq[i] != NULL) {
+            session->cosine[i] = own(session, product(ctx, half, 1), sizeof(float), &failed);
+            session->sine[i] = own(session, product(ctx, half, 1), sizeof(float), &failed);
+        }
+    }
+    session->depths = own(session, product(ctx, hp->block_count, MQ_LINEARS), sizeof(uint8_t), &failed);
+    session->table = own(session, product(hp->block_count, MQ_LINEARS, 1), sizeof(uint8_t), &failed);
+    session->thresholds = own(session, product(hp->block_count, MQ_LINEARS, MQ_GATES), sizeof(float), &failed);
+    session->asked_at = own(session, ctx, sizeof(float), &failed);
+    if (session->model->device == NULL) {
+        failed |= allocate_cpu(session, n_threads);
+    }
+    return failed;
+}
+
 static mq_status check_options(const mq_model *model, const mq_session_options *options, mq_session *session, mq_error *error)
 {
     const uint32_t limit = model->hparams.context_length;
@@ -146,6 +161,9 @@ static mq_status check_options(const mq_model *model, const mq_session_options *
     }
     session->n_batch = options->n_batch == 0 ? DEFAULT_BATCH : options->n_batch;
     session->n_batch = session->n_batch < session->n_ctx ? session->n_batch : session->n_ctx;
+    if (model->device != NULL && session->n_batch > MQ_DEVICE_BATCH) {
+        session->n_batch = MQ_DEVICE_BATCH;
+    }
     session->key_type = options->cache_type_k;
     session->value_type = options->cache_type_v;
     if (session->key_type > MQ_CACHE_Q8_0 || session->value_type > MQ_CACHE_Q8_0) {
@@ -197,6 +215,14 @@ mq_status mq_session_open(const mq_model *model, const mq_session_options *optio
         }
     }
     memset(session->table, (int)model->info.max_depth, (size_t)model->hparams.block_count * MQ_LINEARS);
+    session->budget_changed = true;
+    if (model->device != NULL) {
+        status = mq_device_session_open(session, error);
+        if (status != MQ_OK) {
+            mq_session_close(session);
+            return status;
+        }
+    }
     *out = session;
     return MQ_OK;
 }
@@ -206,6 +232,7 @@ void mq_session_close(mq_session *session)
     if (session == NULL) {
         return;
     }
+    mq_device_session_close(session);
     mq_pool_close(session->pool);
     for (size_t i = 0; i < session->n_allocations; i++) {
         free(session->allocations[i]);
@@ -216,7 +243,7 @@ void mq_session_close(mq_session *session)
 
 const char *mq_session_kernel(const mq_session *session)
 {
-    return session->kernels->name;
+    return session->device != NULL ? "cuda" : session->kernels->name;
 }
 
 mq_status mq_session_acquire(mq_session *session, mq_error *error)
@@ -296,6 +323,7 @@ static mq_status evaluate(mq_session *session, const int32_t *tokens, size_t n, 
     }
     const mq_hparams *hp = &session->model->hparams;
     const size_t row = hidden ? hp->embedding_length : hp->vocab_size;
+    const uint32_t before = session->position;
     status = check_tokens(session, tokens, n, output, n_output, error);
     for (size_t done = 0; done < n && status == MQ_OK;) {
         const size_t left = n - done;
@@ -303,16 +331,21 @@ static mq_status evaluate(mq_session *session, const int32_t *tokens, size_t n, 
         const size_t after = left - count; /* tokens still to come */
         const size_t wanted = n_output > after ? n_output - after : 0;
         const uint32_t here = wanted < count ? (uint32_t)wanted : count;
-        mq_forward(session, tokens + done, count, output, hidden ? 0 : here);
-        if (hidden) {
-            mq_forward_hidden(session, count, output, here);
+        if (session->device != NULL) {
+            status = mq_device_forward(session, tokens + done, count, output, hidden ? 0 : here, output, hidden ? here : 0, error);
+        } else {
+            mq_forward(session, tokens + done, count, output, hidden ? 0 : here);
+            if (hidden) {
+                mq_forward_hidden(session, count, output, here);
+            }
         }
         output = here > 0 ? output + here * row : output;
         n_output -= here;
-        session->position += count;
+        session->position += status == MQ_OK ? count : 0;
         session->oldest = forgotten(session);
         done += count;
     }
+    session->position = status == MQ_OK ? session->position : before;
     mq_session_release(session);
     return status;
 }
@@ -326,6 +359,69 @@ mq_status mq_session_eval_hidden(mq_session *session, const int32_t *tokens, siz
                                  mq_error *error)
 {
     return evaluate(session, tokens, n, hidden, n_hidden, true, error);
+}
+
+/* The index of the largest value, of equal ones the first. */
+static int32_t most_likely(const float *logits, size_t vocab)
+{
+    size_t best = 0;
+    for (size_t i = 1; i < vocab; i++) {
+        best = logits[i] > logits[best] ? i : best;
+    }
+    return (int32_t)best;
+}
+
+static mq_status greedy_step(mq_session *session, int32_t token, uint32_t n, float *logits, int32_t *chosen, float *milliseconds,
+                             mq_error *error)
+{
+    if (session->device != NULL) {
+        return mq_device_greedy(session, token, n, chosen, milliseconds, error);
+    }
+    for (uint32_t i = 0; i < n; i++, session->position++) {
+        mq_forward(session, &token, 1, logits, 1);
+        token = chosen[i] = most_likely(logits, session->model->hparams.vocab_size);
+    }
+    session->position -= n;
+    return MQ_OK;
+}
+
+mq_status mq_session_greedy(mq_session *session, int32_t token, size_t n, int32_t *chosen, float *milliseconds, mq_error *error)
+{
+    mq_status status = mq_session_acquire(session, error);
+    if (status != MQ_OK) {
+        return status;
+    }
+    const uint32_t before = session->position;
+    float *logits = NULL, total = 0.0f;
+    status = check_tokens(session, &token, n < 1 ? n : 1, NULL, 0, error);
+    if (status == MQ_OK && n > 0 && chosen == NULL) {
+        status = mq_fail(error, MQ_ERR_ARGUMENT, "expected room for %zu tokens, found NULL", n);
+    }
+    if (status == MQ_OK && n > session->n_ctx - session->position) {
+        status = mq_fail(error, MQ_ERR_CONTEXT_FULL, "%zu tokens do not fit: %" PRIu32 " of %" PRIu32 " positions are left", n,
+                         session->n_ctx - session->position, session->n_ctx);
+    }
+    if (status == MQ_OK && session->device == NULL) {
+        logits = mq_alloc(session->model->hparams.vocab_size, sizeof *logits);
+        status = logits == NULL ? mq_fail(error, MQ_ERR_MEMORY, "cannot allocate one token's logits") : MQ_OK;
+    }
+    for (size_t done = 0; done < n && status == MQ_OK;) {
+        const size_t left = n - done;
+        const uint32_t count = mq_budget_begin(session, left < UINT32_MAX ? (uint32_t)left : UINT32_MAX);
+        float here = 0.0f;
+        status = greedy_step(session, done == 0 ? token : chosen[done - 1], count, logits, chosen + done, &here, error);
+        session->position += status == MQ_OK ? count : 0;
+        session->oldest = forgotten(session);
+        total += here;
+        done += count;
+    }
+    free(logits);
+    session->position = status == MQ_OK ? session->position : before;
+    if (milliseconds != NULL) {
+        *milliseconds = total;
+    }
+    mq_session_release(session);
+    return status;
 }
 
 uint32_t mq_session_position(const mq_session *session)

@@ -9,6 +9,7 @@
 #include "threads.h"
 
 #include <stdatomic.h>
+#include <stdbool.h>
 
 /* Buffers of up to n_batch tokens. E embedding length, Q heads·head_dim, KV kv heads·head_dim, F feed-forward length. */
 typedef struct mq_batch {
@@ -52,6 +53,8 @@ struct mq_session {
     void **allocations;    /* everything above, freed together */
     size_t n_allocations;
     mq_stats stats;
+    struct mq_cuda_session *device; /* NULL: the CPU (device.h) */
+    bool budget_changed;            /* since the device was told */
 };
 
 /* forward.c: tokens [n], n ≤ n_batch, at positions position .. position + n − 1; logits of the last n_logits. */

@@ -5,6 +5,7 @@
  * keys f16 [block][kv head][position][head_dim], values alike: rows without the padding and the order they have in the cache.
  * Of a block with a sliding window only the positions from header.first on: the window, and one more where it was held.
  */
+#include "device.h"
 #include "error.h"
 #include "session.h"
 
@@ -147,7 +148,15 @@ mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, 
     at += asked_size(session->position);
     memcpy(at, session->depths, depths_size(session, session->position));
     at += depths_size(session, session->position);
-    copy_cache(session, session->position, first_saved(session), at, NULL);
+    if (session->device != NULL) {
+        const mq_status copied = mq_device_copy_cache(session, session->position, at, NULL, error);
+        if (copied != MQ_OK) {
+            mq_session_release(session);
+            return copied;
+        }
+    } else {
+        copy_cache(session, session->position, first_saved(session), at, NULL);
+    }
     state_header header = {.version = VERSION, .position = session->position, .model = fingerprint(session->model), .size = needed,
                            .first = first_saved(session), .key_type = (uint16_t)session->key_type,
                            .value_type = (uint16_t)session->value_type, .checksum = hash(HASH_START, data + sizeof header, needed - sizeof header)};
@@ -259,11 +268,20 @@ mq_status mq_session_state_set(mq_session *session, const uint8_t *data, size_t 
         return status;
     }
     const uint8_t *at = data + sizeof header;
+    const uint8_t *cache = at + asked_size(header.position) + depths_size(session, header.position);
+    if (session->device != NULL) {
+        status = mq_device_copy_cache(session, header.position, NULL, cache, error);
+        if (status != MQ_OK) {
+            mq_session_release(session);
+            return status;
+        }
+    } else {
+        copy_cache(session, header.position, header.first, NULL, cache);
+    }
     memcpy(session->asked_at, at, asked_size(header.position));
     at += asked_size(header.position);
     memcpy(session->depths, at, depths_size(session, header.position));
     at += depths_size(session, header.position);
-    copy_cache(session, header.position, header.first, NULL, at);
     session->position = header.position;
     session->oldest = header.first;
     session->stretch_end = 0; /* thresholds are found anew */

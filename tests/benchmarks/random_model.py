@@ -19,10 +19,9 @@ from zlib import crc32
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mobiquant.demo.train import Shape, model_config
-from mobiquant.models import empty_block
 
 _TOKENIZER = Path(__file__).parents[2] / "mobiquant" / "demo" / "tale-6m" / "tokenizer.json"
 _SHARD_BYTES = 1 << 30
@@ -67,7 +66,7 @@ def _values(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return values.to(torch.bfloat16)
 
 
-def _shards(config: PreTrainedConfig) -> list[dict[str, tuple[int, ...]]]:
+def _shards(config: LlamaConfig) -> list[dict[str, tuple[int, ...]]]:
     """Names and shapes of the tensors of every file."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in _tensors(config):
@@ -77,14 +76,13 @@ def _shards(config: PreTrainedConfig) -> list[dict[str, tuple[int, ...]]]:
     return shards
 
 
-def _tensors(config: PreTrainedConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)
-    for index in range(config.num_hidden_layers):
-        for name, parameter in empty_block(config, index).state_dict().items():
-            yield f"model.layers.{index}.{name}", tuple(parameter.shape)
-    yield "model.norm.weight", (config.hidden_size,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, config.hidden_size)
+def _tensors(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """As transformers names them."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    for name, parameter in model.state_dict().items():
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            yield name, tuple(parameter.shape)
 
 
 def main() -> int:

@@ -1,0 +1,213 @@
+// wide_gemm.cuh: the product of gemm.cuh for compute capability 9.0a, whose tensor cores take 128 threads' operands at once. The same
+// sums and float steps; what differs is who does what: one warpgroup copies, the others multiply and add, each 64 rows of the
+// block, and while one adds its sums another's are multiplied.
+#ifndef MQ_CUDA_WIDE_GEMM_H
+#define MQ_CUDA_WIDE_GEMM_H
+
+#include "arithmetic.cuh"
+#include "batch.cuh"
+#include "tensor.cuh"
+
+namespace mq {
+
+constexpr uint32_t GROUP_THREADS = 128, GROUP_ROWS = 64;
+
+// One group of a block of rows and tokens in shared memory.
+template <uint32_t ROWS, uint32_t TOKENS>
+struct alignas(1024) wide_stage {
+    int8_t q[TOKENS][MQ_GROUP_SIZE]; // 16-byte pieces in the order piece ^ token % 8
+    uint8_t codes[ROWS / MQ_TILE_ROWS][CODE_BYTES];
+    uint16_t scale_offset[ROWS / MQ_TILE_ROWS][2][MQ_TILE_ROWS];
+    float factors[TOKENS / 2][4]; // of two tokens: scales, then sums
+};
+
+// GROUPS warpgroups multiply blocks of GROUPS·64 rows and PIECES·PIECE tokens, PIECE at a time.
+template <uint32_t GROUPS_, uint32_t PIECES_, uint32_t PIECE_, uint32_t STAGES_, bool EXACT_ADD_>
+struct wide_shape {
+    static constexpr bool EXACT_ADD = EXACT_ADD_;
+    static constexpr uint32_t GROUPS = GROUPS_, PIECES = PIECES_, PIECE = PIECE_, STAGES = STAGES_;
+    static constexpr uint32_t ROWS = GROUPS * GROUP_ROWS, TOKENS = PIECES * PIECE, THREADS = (GROUPS + 1) * GROUP_THREADS;
+    // Registers of a thread that multiplies and of one that copies; a multiprocessor has 512 for each place in a warpgroup.
+    static constexpr uint32_t MANY = GROUPS == 2 ? 232 : 160, FEW = GROUPS == 2 ? 40 : 32;
+    using stage = wide_stage<ROWS, TOKENS>;
+    static constexpr size_t SHARED = STAGES * sizeof(stage) + 1024;
+};
+
+struct wide_barriers {
+    uint64_t full, empty;
+};
+
+#ifdef MQ_WARPGROUPS
+
+// The copying warpgroup: stage after stage, as soon as the others are done with it.
+template <typename S>
+__device__ inline void wide_copy(const batch &b, row_block rows, token_block tokens, typename S::stage *stages, wide_barriers *barriers)
+{
+    constexpr uint32_t TILES = S::ROWS / MQ_TILE_ROWS, TILE_PIECES = CODE_BYTES / 16;
+    const uint32_t thread = threadIdx.x % GROUP_THREADS, last = b.tiles[rows.job] - 1 - rows.tile, groups = b.groups;
+    const uint32_t *order = b.tokens[rows.job].order + tokens.begin;
+    const uint8_t *codes = b.codes[rows.job] + (size_t)rows.tile * groups * CODE_BYTES + thread * 16;
+    const uint8_t *pairs = reinterpret_cast<const uint8_t *>(b.job[rows.job].matrix.scale_offset) +
+                           ((size_t)b.tile_begin[rows.job] + rows.tile) * groups * 64 + thread % 4 * 16;
+    for (uint32_t g = 0; g < groups; g++) {
+        const uint32_t at = g % S::STAGES;
+        typename S::stage &to = stages[at];
+        if (g >= S::STAGES) {
+            barrier_wait(&barriers[at].empty, (g / S::STAGES - 1) % 2);
+        }
+#pragma unroll 4
+        for (uint32_t tile = 0; tile < TILES; tile++) { // rows past the end are not stored
+            const uint32_t from = tile < last ? tile : last;
+            static_assert(TILE_PIECES == GROUP_THREADS, "a thread copies a piece of every tile");
+            copy_async<16>(to.codes[tile] + thread * 16, codes + ((size_t)from * groups + g) * CODE_BYTES, true);
+        }
+#pragma unroll 4
+        for (uint32_t slot = thread / 8; slot < S::TOKENS; slot += GROUP_THREADS / 8) {
+            const bool valid = slot < tokens.count;
+            const size_t from = ((size_t)(valid ? order[slot] : 0) * groups + g) * MQ_GROUP_SIZE;
+            copy_async<16>(to.q[slot] + (thread % 8 ^ slot % 8) * 16, b.x.q + from + thread % 8 * 16, valid);
+        }
+        if (thread / 4 < TILES) {
+            const uint32_t tile = thread / 4, from = tile < last ? tile : last;
+            copy_async<16>(reinterpret_cast<uint8_t *>(to.scale_offset[tile]) + thread % 4 * 16, pairs + ((size_t)from * groups + g) * 64,
+                           true);
+        }
+        for (uint32_t slot = thread; slot < S::TOKENS; slot += GROUP_THREADS) {
+            const bool valid = slot < tokens.count;
+            const size_t from = (size_t)(valid ? order[slot] : 0) * groups + g;
+            copy_async<4>(&to.factors[slot / 2][slot % 2], b.x.scale + from, valid);
+            copy_async<4>(&to.factors[slot / 2][2 + slot % 2], b.x.sum + from, valid);
+        }
+        barrier_arrive_copied(&barriers[at].full);
+    }
+}
+
+template <bool DROP, typename S>
+__device__ inline void wide_multiply(float (&y)[S::PIECES][S::PIECE / 2], uint32_t groups, const typename S::stage *stages,
+                                     wide_barriers *barriers, uint32_t drop, uint32_t mask, float factor)
+{
+    const uint32_t lane = threadIdx.x % 32, tile = threadIdx.x / 32 - 4; // the first warpgroup copies
+    for (uint32_t g = 0; g < groups; g++) {
+        const uint32_t at = g % S::STAGES;
+        const typename S::stage &s = stages[at];
+        barrier_wait(&barriers[at].full, g / S::STAGES % 2);
+        fence_tensor_reads();
+        uint32_t a[4][4];
+        float step[2], base[2];
+#pragma unroll
+        for (uint32_t f = 0; f < 4; f++) {
+            const uint4 four = *reinterpret_cast<const uint4 *>(s.codes[tile] + f * FRAGMENT + lane * 16);
+            a[f][0] = four.x, a[f][1] = four.y, a[f][2] = four.z, a[f][3] = four.w;
+            if constexpr (DROP) {
+#pragma unroll
+                for (uint32_t i = 0; i < 4; i++) {
+                    a[f][i] = a[f][i] >> drop & mask;
+                }
+            }
+        }
+#pragma unroll
+        for (uint32_t half = 0; half < 2; half++) {
+            const uint16_t *pair = s.scale_offset[tile][0] + lane / 4 + half * 8;
+            step[half] = f16_to_f32(pair[0]) * factor;
+            base[half] = fmaf(step[half], 0.5f, -f16_to_f32(pair[MQ_TILE_ROWS]));
+        }
+#pragma unroll
+        for (uint32_t piece = 0; piece < S::PIECES; piece++) {
+            int32_t dot[S::PIECE / 2];
+            if constexpr (S::EXACT_ADD) {
+#pragma unroll
+                for (uint32_t i = 0; i < S::PIECE / 2; i++) {
+                    dot[i] = MAGIC_BITS;
+                }
+            }
+            warpgroup_begin();
+#pragma unroll
+            for (uint32_t f = 0; f < 4; f++) {
+                warpgroup_multiply(dot, a[f], warpgroup_matrix(s.q[piece * S::PIECE], f), S::EXACT_ADD || f > 0);
+            }
+            warpgroup_end();
+#pragma unroll
+            for (uint32_t n = 0; n < S::PIECE / 8; n++) {
+                const float4 factors = *reinterpret_cast<const float4 *>(s.factors[piece * S::PIECE / 2 + n * 4 + lane % 4]);
+#pragma unroll
+                for (uint32_t k = 0; k < 4; k++) {
+                    const float exact = S::EXACT_ADD ? __int_as_float(dot[4 * n + k]) - MAGIC : (float)dot[4 * n + k];
+                    float &out = y[piece][4 * n + k];
+                    out = fmaf(step[k / 2] * (k % 2 ? factors.y : factors.x), exact, out);
+                    out = fmaf(base[k / 2], k % 2 ? factors.w : factors.z, out);
+                }
+            }
+        }
+        barrier_arrive(&barriers[at].empty);
+    }
+}
+
+#endif
+
+// grid: as gemm
+template <typename S>
+static __global__ void __launch_bounds__(S::THREADS, 1) wide_gemm(const __grid_constant__ batch b, uint32_t token_blocks)
+{
+#ifdef MQ_WARPGROUPS
+    __shared__ wide_barriers barriers[S::STAGES];
+    typename S::stage *stages = align_stages<typename S::stage>(dynamic_shared<uint8_t>());
+    const row_block rows = find_rows<S::ROWS>(b, blockIdx.x / token_blocks);
+    const mq_cuda_job &job = b.job[rows.job];
+    const uint32_t *first = b.tokens[rows.job].first;
+    const token_block tokens = find_tokens(first, blockIdx.x % token_blocks, S::TOKENS);
+    if (tokens.count == 0) {
+        return;
+    }
+    if (threadIdx.x < S::STAGES) {
+        barrier_set(&barriers[threadIdx.x].full, GROUP_THREADS);
+        barrier_set(&barriers[threadIdx.x].empty, S::GROUPS * GROUP_THREADS);
+    }
+    __syncthreads();
+    if (threadIdx.x < GROUP_THREADS) {
+        registers_lower<S::FEW>();
+        wide_copy<S>(b, rows, tokens, stages, barriers);
+    } else {
+        registers_raise<S::MANY>();
+        float y[S::PIECES][S::PIECE / 2] = {};
+        const uint32_t drop = 2 * (deepest(first) - tokens.depth), mask = (1u << 2 * tokens.depth) - 1;
+        if (drop == 0) {
+            wide_multiply<false, S>(y, b.groups, stages, barriers, 0, 0, depth_factor(tokens.depth));
+        } else {
+            wide_multiply<true, S>(y, b.groups, stages, barriers, drop, mask * 0x01010101u, depth_factor(tokens.depth));
+        }
+        const uint32_t lane = threadIdx.x % 32, tile = rows.tile + threadIdx.x / 32 - 4;
+        const uint32_t row = (b.tile_begin[rows.job] + tile) * MQ_TILE_ROWS + lane / 4;
+        const uint32_t *order = b.tokens[rows.job].order + tokens.begin;
+#pragma unroll
+        for (uint32_t i = 0; i < S::PIECES * S::PIECE / 8 * 2; i++) {
+            const uint32_t piece = i / (S::PIECE / 4), n = i / 2 % (S::PIECE / 8), k = i % 2;
+            const uint32_t slot = piece * S::PIECE + n * 8 + lane % 4 * 2 + k;
+            if (slot < tokens.count && tile < b.tiles[rows.job]) {
+                float *out = job.y + (size_t)order[slot] * job.y_stride;
+                if (row < job.matrix.rows) {
+                    out[row] = y[piece][4 * n + k];
+                }
+                if (row + 8 < job.matrix.rows) {
+                    out[row + 8] = y[piece][4 * n + k + 2];
+                }
+            }
+        }
+    }
+#endif
+}
+
+template <uint32_t GROUPS, uint32_t PIECES, uint32_t PIECE, uint32_t STAGES, bool EXACT_ADD>
+inline cudaError_t launch_wide(const batch &b, cudaStream_t stream)
+{
+    using shape = wide_shape<GROUPS, PIECES, PIECE, STAGES, EXACT_ADD>;
+    const uint32_t token_blocks = (b.n + shape::TOKENS - 1) / shape::TOKENS + MQ_SLICE_COUNT - 1;
+    const uint32_t blocks = count_row_blocks(b, shape::ROWS) * token_blocks;
+    const cudaError_t status = allow_shared(wide_gemm<shape>, shape::SHARED);
+    return status != cudaSuccess
+               ? status
+               : launch({blocks, shape::THREADS, shape::SHARED, stream, false}, wide_gemm<shape>, b, token_blocks);
+}
+
+} // namespace mq
+
+#endif
