@@ -97,15 +97,18 @@ def open_backend(
     n_ctx: int = 0,
     n_threads: int | None = None,
     cache_type: tuple[str, str] = ("f16", "f16"),
+    check_tensors: bool = False,
 ) -> Backend:
     """Open a GGUF file, a checkpoint folder or a full-precision folder.
 
     device: where torch runs a folder. n_ctx: tokens of context, 0 for the model's own. n_threads, cache_type: of the C
-    runtime; a folder ignores them.
+    runtime; a folder ignores them. check_tensors: read all of a GGUF file first and refuse it when it is damaged.
     Raises ValueError, OSError or MobiQuantError when it cannot be opened, ImportError when torch is needed and missing.
     """
     if not path.is_dir():
-        return RuntimeBackend(path, n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type)
+        return RuntimeBackend(
+            path, n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type, check_tensors=check_tensors
+        )
     try:
         from mobiquant.evaluation.torch_backends import open_folder
     except ImportError as error:

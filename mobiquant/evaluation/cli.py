@@ -217,15 +217,14 @@ def _answer_tasks(
 
 def _open(stack: ExitStack, path: Path, args: argparse.Namespace) -> Backend:
     """A model that `stack` closes."""
-    device = getattr(args, "device", "cpu")  # `perplexity` has no such flag
+    device = getattr(args, "device", "cpu")  # `perplexity` has no such flag, and `evaluate` no --check-tensors
     if path.is_dir():
         prepare_torch(args.threads)
         return stack.enter_context(closing(open_backend(path, device=device, n_threads=args.threads)))
     from runtime.commands.faults import watch
 
     watch(path)
-    types = (args.cache_type_k, args.cache_type_v)
-    check = getattr(args, "check_tensors", False)  # nor `evaluate` this one
+    types, check = (args.cache_type_k, args.cache_type_v), getattr(args, "check_tensors", False)
     opened = RuntimeBackend(path, n_threads=args.threads, cache_type=types, check_tensors=check)
     backend = stack.enter_context(closing(opened))
     watch(path, backend.model)
