@@ -13,6 +13,8 @@ import pytest
 from malformed import CLASSES, Malformed, Parts, make
 from tiny import TINY
 
+from export.errors import ExportError
+from export.limits import MAX_VOCAB_SIZE
 from export.to_gguf import export_synthetic
 from mobiquant.cli import main
 from runtime import MobiQuantError, Model
@@ -76,6 +78,11 @@ def test_every_class_has_its_own_error(good: bytes, tmp_path: Path, kind: Malfor
             assert caught.value.status == kind.status, caught.value
         assert kind.found == "template" or str(path) in str(caught.value)
         path.unlink()
+
+
+def test_no_file_is_written_that_the_reader_would_refuse() -> None:
+    with pytest.raises(ExportError, match="vocab_size: expected 1 to 1048576, found 1048577"):
+        replace(TINY, vocab_size=MAX_VOCAB_SIZE + 1)
 
 
 # mobiquant verify

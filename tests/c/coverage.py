@@ -18,8 +18,8 @@ def lines_of(build: Path, sources: Path) -> dict[str, dict[int, bool]]:
         text = subprocess.run(command, capture_output=True, check=True).stdout
         text = gzip.decompress(text) if text.startswith(b"\x1f\x8b") else text
         for file in json.loads(text)["files"]:
-            path = Path(file["file"])
-            if path.parent == sources and path.suffix in (".c", ".h"):
+            path = Path(file["file"]).resolve()
+            if path.parent == sources.resolve() and path.suffix in (".c", ".h"):
                 for line in file["lines"]:
                     ran = found[path.name].get(line["line_number"], False)
                     found[path.name][line["line_number"]] = ran or line["count"] > 0

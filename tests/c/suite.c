@@ -173,6 +173,10 @@ static void check_arguments(const char *path, const mq_model *model, const mq_mo
     REQUIRE(mq_model_open(NULL, NULL, &none, &error) == MQ_ERR_ARGUMENT && mq_model_open(path, NULL, NULL, &error) == MQ_ERR_ARGUMENT);
     REQUIRE(mq_model_open("/no/such/file", NULL, &none, &error) == MQ_ERR_IO && strstr(error.message, "/no/such/file") != NULL);
     REQUIRE(mq_model_open("/dev/null", NULL, &none, NULL) == MQ_ERR_IO && mq_model_open("/", NULL, &none, NULL) == MQ_ERR_IO);
+    char long_path[3000];
+    memset(long_path, 'a', sizeof long_path);
+    long_path[sizeof long_path - 1] = '\0';
+    REQUIRE(mq_model_open(long_path, NULL, &none, &error) == MQ_ERR_IO && strstr(error.message, "a: cannot open: ") != NULL);
     REQUIRE(mq_session_open(NULL, NULL, &session, &error) == MQ_ERR_ARGUMENT);
     REQUIRE(mq_session_open(model, NULL, NULL, &error) == MQ_ERR_ARGUMENT);
     const mq_session_options options[] = {{.n_threads = 257}, {.n_ctx = info->context_length + 1}, {.kernel = "none"}};

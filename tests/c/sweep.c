@@ -9,7 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { LIMIT_SECONDS = 20, OTHER_VALUES = 255, STATUSES = MQ_ERR_CORRUPT + 1 };
+enum { LIMIT_SECONDS = 20, OTHER_VALUES = 255, STATUSES = MQ_ERR_DEVICE + 1 };
 
 typedef struct counts {
     size_t tried, by_status[STATUSES];
