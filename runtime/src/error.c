@@ -34,7 +34,7 @@ static void keep_end(mq_error *error, const char *text)
     }
 }
 
-mq_status mq_fail(mq_error *error, mq_status status, const char *format, ...)
+void mq_set_error(mq_error *error, mq_status status, const char *format, ...)
 {
     if (error != NULL) {
         char text[LONGEST];
@@ -46,7 +46,6 @@ mq_status mq_fail(mq_error *error, mq_status status, const char *format, ...)
         make_printable(text);
         keep_end(error, text);
     }
-    return status;
 }
 
 const char *mq_status_name(mq_status status)

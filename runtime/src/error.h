@@ -10,8 +10,11 @@
 #define MQ_PRINTF(text, first)
 #endif
 
-/* Write the message when error is not NULL (its end, when it is too long; control characters as ?) and return status, so that
- * a caller can write `return mq_fail(...)`. */
-mq_status mq_fail(mq_error *error, mq_status status, const char *format, ...) MQ_PRINTF(3, 4);
+/* Write the message when error is not NULL: its end, when it is too long; control characters as ?. */
+void mq_set_error(mq_error *error, mq_status status, const char *format, ...) MQ_PRINTF(3, 4);
+
+/* The same with the value `status`, so that a caller can write `return mq_fail(...)`. A macro, so that compilers and analysers
+ * see in every file that a failure is never MQ_OK. */
+#define mq_fail(error, status, ...) (mq_set_error((error), (status), __VA_ARGS__), (status))
 
 #endif

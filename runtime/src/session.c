@@ -374,7 +374,7 @@ static int32_t most_likely(const float *logits, size_t vocab)
 static mq_status greedy_step(mq_session *session, int32_t token, uint32_t n, float *logits, int32_t *chosen, float *milliseconds,
                              mq_error *error)
 {
-    if (session->device != NULL) {
+    if (logits == NULL) { /* on a GPU they stay there */
         return mq_device_greedy(session, token, n, chosen, milliseconds, error);
     }
     for (uint32_t i = 0; i < n; i++, session->position++) {

@@ -281,7 +281,6 @@ mq_status mq_session_state_set(mq_session *session, const uint8_t *data, size_t 
     memcpy(session->asked_at, at, asked_size(header.position));
     at += asked_size(header.position);
     memcpy(session->depths, at, depths_size(session, header.position));
-    at += depths_size(session, header.position);
     session->position = header.position;
     session->oldest = header.first;
     session->stretch_end = 0; /* thresholds are found anew */

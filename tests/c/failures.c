@@ -155,6 +155,11 @@ static mq_status use(const char *path, int32_t no_mmap, mq_error *error)
         status = mq_session_eval(session, tokens, TOKENS, NULL, 0, error);
     }
     if (status == MQ_OK) {
+        int32_t chosen[2];
+        status = mq_session_greedy(session, 1, 2, chosen, NULL, error);
+        REQUIRE(mq_session_position(session) == (status == MQ_OK ? TOKENS + 2 : TOKENS));
+    }
+    if (status == MQ_OK) {
         const size_t size = mq_session_state_size(session);
         state = malloc(size);
         REQUIRE(state != NULL && mq_session_state_get(session, state, size, error) == MQ_OK);

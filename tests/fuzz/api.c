@@ -10,7 +10,7 @@ enum { MODELS = 2, SESSIONS = 4, MAX_CALLS = 48, MAX_TOKENS = 24, MAX_VOCAB = 10
 
 enum call {
     CALL_OPEN, CALL_CLOSE, CALL_DEPTH, CALL_AVERAGE, CALL_STATIC, CALL_OUTPUT_DEPTH, CALL_EVAL, CALL_HIDDEN, CALL_REWIND, CALL_DEPTHS,
-    CALL_STATS, CALL_SAVE, CALL_RESTORE, CALL_QUERY, CALL_CHECK, CALLS
+    CALL_STATS, CALL_GREEDY, CALL_SAVE, CALL_RESTORE, CALL_QUERY, CALL_CHECK, CALLS
 };
 
 static mq_model *models[MODELS];
@@ -79,6 +79,14 @@ static mq_status evaluate(mq_session *session, fuzz_input *in, bool hidden, mq_e
     return hidden ? mq_session_eval_hidden(session, tokens, n, to, rows, error) : mq_session_eval(session, tokens, n, to, rows, error);
 }
 
+static mq_status greedy(mq_session *session, fuzz_input *in, mq_error *error)
+{
+    int32_t chosen[MAX_TOKENS];
+    const size_t n = fuzz_take(in, 1) % (MAX_TOKENS + 1);
+    const int32_t token = (int32_t)take_number(in, 62);
+    return mq_session_greedy(session, token, n, fuzz_take(in, 1) == 255 ? NULL : chosen, NULL, error);
+}
+
 static mq_status save(mq_session *session, fuzz_input *in, mq_error *error)
 {
     const size_t size = mq_session_state_size(session), room = fuzz_take(in, 1) == 255 ? size / 2 : size;
@@ -117,6 +125,7 @@ static mq_status call_session(mq_session *session, enum call call, fuzz_input *i
     case CALL_HIDDEN: return evaluate(session, in, true, error);
     case CALL_REWIND: return mq_session_rewind(session, take_number(in, 32), error);
     case CALL_DEPTHS: return mq_session_depths(session, take_number(in, 32), take_number(in, 32), depths, error);
+    case CALL_GREEDY: return greedy(session, in, error);
     case CALL_SAVE: return save(session, in, error);
     case CALL_RESTORE: return mq_session_state_set(session, saved, saved_size, error);
     default: mq_session_get_stats(session, &stats); return MQ_OK;
