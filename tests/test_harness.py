@@ -112,7 +112,7 @@ def test_answers_do_not_depend_on_the_requests_before(file: Path) -> None:
 
 
 def test_choices_of_a_question_share_its_cache(lm: MobiQuantLM) -> None:
-    native = lm._backend._model
+    native = lm._backend.model
     before = native.stats.tokens
     ask(lm, "loglikelihood", *(("q" * 60, answer) for answer in ("yes", "no", "up")))
     assert native.stats.tokens - before < 61 + 3 * 4
