@@ -23,6 +23,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -239,17 +240,21 @@ class Web:
 def serving(path: Path) -> Iterator[tuple[int, int]]:
     """A server with two sessions; gives its port and process id."""
     command = [sys.executable, "-m", "mobiquant", "serve", "-m", path, "--port", "0", "-t", "1", "-np", "2"]
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        match = re.search(r":(\d+)/v1$", line.strip())
-        if match is None:
-            raise RuntimeError(f"the server did not start: {line}")
-        yield int(match[1]), process.pid
-    finally:
-        process.terminate()
-        process.wait()
+    # A file and not a pipe: nobody reads on, and a server whose log is full stands still.
+    with tempfile.NamedTemporaryFile("w+") as log:
+        process = subprocess.Popen([*map(str, command)], stderr=log)
+        try:
+            started = None
+            while started is None:
+                time.sleep(0.05)
+                text = Path(log.name).read_text(encoding="utf-8")
+                started = re.search(r":(\d+)/v1$", text, re.MULTILINE)
+                if started is None and process.poll() is not None:
+                    raise RuntimeError(f"the server did not start: {text}")
+            yield int(started[1]), process.pid
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def fixed_answer(path: Path, web: Web) -> str:
