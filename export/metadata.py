@@ -49,6 +49,7 @@ def metadata_fields(name: str, shape: ModelShape, vocabulary: Vocabulary) -> lis
         _u32(keys.KEY_OUTPUT_DEPTH, shape.output_depth),
         _u32(keys.KEY_ROUTER_HIDDEN, shape.router_hidden),
         Field(keys.KEY_ROUTER_BUDGETS, list(shape.budgets), GGUFValueType.ARRAY, GGUFValueType.FLOAT32),
+        *_sliding_window(shape),
         *_static_order(shape),
         _string(keys.KEY_TOKENIZER, vocabulary.tokenizer_json),
     ]
@@ -60,6 +61,14 @@ def metadata_fields(name: str, shape: ModelShape, vocabulary: Vocabulary) -> lis
     if vocabulary.eos_tokens:
         eos_tokens = list(vocabulary.eos_tokens)
         fields.append(Field(keys.KEY_EOS_TOKENS, eos_tokens, GGUFValueType.ARRAY, GGUFValueType.UINT32))
+    return fields
+
+
+def _sliding_window(shape: ModelShape) -> list[Field]:
+    fields = [_u32(keys.KEY_SLIDING_WINDOW, shape.sliding_window)] if shape.sliding_window else []
+    if shape.sliding_window_pattern:
+        pattern = list(shape.sliding_window_pattern)
+        fields.append(Field(keys.KEY_SLIDING_WINDOW_PATTERN, pattern, GGUFValueType.ARRAY, GGUFValueType.UINT32))
     return fields
 
 

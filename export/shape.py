@@ -29,6 +29,8 @@ class ModelShape:
     embedding_depth: int = SLICE_COUNT
     output_depth: int = SLICE_COUNT
     base_architecture: str = "llama"
+    sliding_window: int = 0  # positions a token sees in a windowed block, its own counted; 0: no block has a window
+    sliding_window_pattern: tuple[int, ...] = ()  # 1 for a windowed block, 0 for one that sees all; empty: all windowed
     static_order: tuple[int, ...] = ()  # linears as block·7 + place in LINEARS; empty: no static budgets
 
     def __post_init__(self) -> None:

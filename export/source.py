@@ -12,10 +12,12 @@ from export.names import checkpoint_name
 from export.plan import PlannedTensor
 from export.shape import ModelShape
 from mobiquant.checkpoint import CONFIG_FILE, STATIC_ORDER, Checkpoint
-from mobiquant.packing import groups_of, pack_plane, pack_scale_offset
+from mobiquant.packing import TILE_ROWS, groups_of, pack_plane, pack_scale_offset
 from mobiquant.static import check_static_order
+from mobiquant.windows import sliding_windows
 
 SUPPORTED = ("llama",)
+_PIECE_WEIGHTS = 1 << 24
 _ROPE_THETA = 10000.0  # the base of a configuration that names none
 
 
@@ -50,6 +52,10 @@ def checkpoint_shape(checkpoint: Checkpoint) -> ModelShape:
     }
     static_order = _static_order(checkpoint, sizes["block_count"])
     try:
+        windows = sliding_windows(config, sizes["block_count"])
+    except ValueError as error:
+        raise ExportError(f"{where}: {error}") from error
+    try:
         return ModelShape(
             **sizes,
             tied=bool(config.get("tie_word_embeddings", False)),
@@ -58,6 +64,8 @@ def checkpoint_shape(checkpoint: Checkpoint) -> ModelShape:
             embedding_depth=quantization.embedding_depth,
             output_depth=quantization.output_depth,
             base_architecture=model_type,
+            sliding_window=max(windows),
+            sliding_window_pattern=() if min(windows) == max(windows) else tuple(int(window > 0) for window in windows),
             static_order=static_order,
         )
     except ExportError as error:
@@ -87,8 +95,7 @@ class CheckpointSource:
         """Data of `tensor`. Raises CheckpointError when the checkpoint lacks it, ExportError for bad numbers."""
         name = checkpoint_name(tensor.module, tensor.block)
         if tensor.slice_index is not None:
-            codes = self._checkpoint.tensor(f"{name}.codes", np.uint8, self._shape.linear(tensor.module))
-            return pack_plane(codes, tensor.slice_index)
+            return self._plane(f"{name}.codes", tensor, tensor.slice_index)
         if tensor.part == SUFFIX_SCALE_OFFSET:
             rows, columns = self._shape.linear(tensor.module)
             scales, offsets = (
@@ -103,6 +110,18 @@ class CheckpointSource:
         if tensor.part == "threshold" and (np.diff(values, axis=-1) > 0).any():
             raise self._error(f"{name}.threshold", "expected values that never rise with the budget, found a rise")
         return values
+
+    def _plane(self, name: str, tensor: PlannedTensor, slice_index: int) -> np.ndarray:
+        """One slice of a matrix of codes, packed some tiles at a time: an embedding's codes can be larger than all that
+        an export may take."""
+        rows, columns = self._shape.linear(tensor.module)
+        plane = np.empty(tensor.shape, np.int8)
+        step = max(1, _PIECE_WEIGHTS // (TILE_ROWS * columns))
+        for tile in range(0, len(plane), step):
+            piece = slice(tile * TILE_ROWS, min(rows, (tile + step) * TILE_ROWS))
+            codes = self._checkpoint.tensor(name, np.uint8, (rows, columns), piece)
+            plane[tile : tile + step] = pack_plane(codes, slice_index)
+        return plane
 
     def _hidden(self, name: str, tensor: PlannedTensor) -> np.ndarray:
         """A router's hidden weights, columns padded with 0 to whole groups."""

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mobiquant.arithmetic import fma, square_root
+from mobiquant.arithmetic import QUANTIZE_MAX, QUANTIZE_MIN, fma, square_root
 from mobiquant.packing import GROUP_SIZE, groups_of
-
-# Below this magnitude a group counts as zero.
-_NEGLIGIBLE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,8 @@ def quantize_activations(x: Tensor) -> Activations:
     columns = x.shape[1]
     x = functional.pad(x, (0, groups_of(columns) * GROUP_SIZE - columns)).unflatten(1, (-1, GROUP_SIZE))
     largest = x.abs().amax(-1)
-    used = largest >= _NEGLIGIBLE
+    used = largest >= QUANTIZE_MIN
     # A tensor over a tensor: torch takes number / tensor as a product with the reciprocal, which rounds twice.
-    inverse = torch.where(used, largest.new_tensor(127.0) / torch.where(used, largest, 1.0), 0.0)
-    scales = torch.where(used, largest / 127.0, 0.0)
+    inverse = torch.where(used, largest.new_tensor(QUANTIZE_MAX) / torch.where(used, largest, 1.0), 0.0)
+    scales = torch.where(used, largest / QUANTIZE_MAX, 0.0)
     return Activations(torch.round(x * inverse.unsqueeze(-1)), scales, columns)

@@ -13,6 +13,8 @@ from torch.nn import functional
 
 LANES = 16
 ATTENTION_CHUNK = 256  # positions; runtime/src/definition.h
+CACHE_GROUP = 32  # of an int8 cache, dimensions of a head that share a scale
+QUANTIZE_MIN, QUANTIZE_MAX = 1e-30, 127.0  # a group whose largest magnitude is below the first is all zero
 
 # Softmax over some positions: Σ weight·value [heads, tokens, head_dim]; Σ weight and largest score [heads, tokens, 1].
 Part = tuple[Tensor, Tensor, Tensor]
@@ -102,42 +104,66 @@ def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat((fma(a, cosine, -(b * sine)), fma(b, cosine, a * sine)), dim=-1)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def round_to_int8(x: Tensor) -> Tensor:
+    """What an int8 cache keeps of keys or values, float32 [..., head_dim]: code · scale, exact in float32.
+
+    Every group of the last dimension has a scale, largest / 127 in float16.
+    """
+    groups = functional.pad(x, (0, -x.shape[-1] % CACHE_GROUP)).unflatten(-1, (-1, CACHE_GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    used = largest >= QUANTIZE_MIN
+    # A tensor over a tensor: torch takes number / tensor as a product with the reciprocal, which rounds twice.
+    inverse = torch.where(used, largest.new_tensor(QUANTIZE_MAX) / torch.where(used, largest, 1.0), 0.0)
+    scales = torch.where(used, largest / QUANTIZE_MAX, 0.0).half().float()
+    return (torch.round(groups * inverse) * scales).flatten(-2)[..., : x.shape[-1]]
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0) -> Tensor:
     """Softmax attention of every token over itself and what came before: float32 [heads, tokens, head_dim].
 
     query: [heads, tokens, head_dim], the last of the positions; key, value: [heads, positions, head_dim]. Chunk of
-    positions by chunk, each joined to those before it: weights relative to the largest score so far.
+    positions by chunk, each joined to those before it: weights relative to the largest score so far. window: positions
+    that a token sees, its own counted; 0: all. A token's first chunk is the one that its window begins in.
     """
     (heads, tokens, _), positions = query.shape, key.shape[1]
     before = positions - tokens
+    window = window or positions
     joined = torch.zeros_like(query)
     sums, largest = (query.new_full((heads, tokens, 1), start) for start in (0.0, -torch.inf))
     for begin in range(0, positions, ATTENTION_CHUNK):
-        seeing = slice(max(0, begin - before), None)  # earlier tokens see nothing of this chunk
-        chunk = slice(begin, begin + ATTENTION_CHUNK)
-        part = _attend_chunk(query[:, seeing], key[:, chunk], value[:, chunk], max(0, before - begin), scale)
-        if begin > 0:
-            part = _join((joined[:, seeing], sums[:, seeing], largest[:, seeing]), part)
+        # Tokens first..last-1 see something of this chunk; it is the first chunk of those from `joining` on.
+        first, last = max(0, begin - before), min(tokens, begin + ATTENTION_CHUNK - 1 + window - before)
+        if first >= last:
+            continue
+        seeing, chunk = slice(first, last), slice(begin, begin + ATTENTION_CHUNK)
+        part = _attend_chunk(query[:, seeing], key[:, chunk], value[:, chunk], before + first - begin, scale, window)
+        joining = min(max(begin - 1 + window - before, first), last) if begin > 0 else first
+        if joining > first:
+            old, known = slice(first, joining), joining - first
+            both = _join((joined[:, old], sums[:, old], largest[:, old]), tuple(half[:, :known] for half in part))
+            part = tuple(torch.cat((half, rest[:, known:]), 1) for half, rest in zip(both, part, strict=True))
         joined[:, seeing], sums[:, seeing], largest[:, seeing] = part
     return joined * (1.0 / sums)
 
 
-def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, first: int, scale: float) -> Part:
+def _attend_chunk(query: Tensor, key: Tensor, value: Tensor, first: int, scale: float, window: int) -> Part:
     """One chunk; the first token stands at its position `first`, or behind its end."""
     tokens, positions = query.shape[1], key.shape[1]
     scores = query.new_zeros(query.shape[0], tokens, positions)
     for i in range(query.shape[2]):
         scores = fma(query[:, :, None, i], key[:, None, :, i], scores)
-    future = torch.ones(tokens, positions, dtype=torch.bool, device=query.device).triu(first + 1)
-    scores = (scores * scale).masked_fill(future, -torch.inf)
+    seen = torch.ones(tokens, positions, dtype=torch.bool, device=query.device)
+    unseen = ~seen.tril(first).triu(first - window + 1)
+    scores = (scores * scale).masked_fill(unseen, -torch.inf)
     largest = scores.amax(-1, keepdim=True)
-    weights = exponential(scores - largest).masked_fill(future, 0.0)
+    weights = exponential(scores - largest).masked_fill(unseen, 0.0)
     lanes = query.new_zeros(*weights.shape[:2], LANES)
     for part in functional.pad(weights, (0, -positions % LANES)).split(LANES, dim=-1):
         lanes = lanes + part
     total = torch.zeros_like(query)
     for position in range(positions):
-        later = slice(max(0, position - first), None)  # earlier tokens do not see this position
+        # Earlier tokens do not see this position, later ones no longer.
+        later = slice(max(0, position - first), max(0, position - first + window))
         total[:, later] = fma(weights[:, later, position, None], value[:, None, position], total[:, later])
     return total, fold(lanes).unsqueeze(-1), largest
 

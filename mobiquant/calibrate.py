@@ -2,7 +2,8 @@
 
 Owns the order of work, the hidden states between blocks, saving and resuming. How one block is calibrated is a recipe
 (mobiquant.recipes). Every finished block is saved; a run that was stopped recomputes the hidden states from the saved
-blocks and goes on, and gives the same checkpoint as a run that was not.
+blocks and goes on, and gives the same checkpoint as a run that was not. Memory holds one block in training, or the
+embedding, never the model, and the hidden states unless they lie on disk.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from mobiquant.checkpoint import (
@@ -41,46 +41,60 @@ from mobiquant.checkpoint import (
 )
 from mobiquant.config import CalibrationSettings, QuantizationConfig, RouterConfig
 from mobiquant.data import CalibrationWindows, calibration_windows
+from mobiquant.hidden import HiddenStates, hidden_states
 from mobiquant.linear import Precision, SliceEmbedding
-from mobiquant.models import UnsupportedModelError, install_slices, linear_shapes, load_block
+from mobiquant.models import UnsupportedModelError, hidden_bytes, install_slices, linear_shapes, load_block
 from mobiquant.outer import measure_outer
 from mobiquant.packing import SLICE_COUNT
 from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask, Recipe, recipes
 from mobiquant.router import expected_gains, router_hidden_size
 from mobiquant.sensitivity import Sensitivity, measure_sensitivity, position_embeddings
-from mobiquant.slices import SlicedWeight, slice_weight
+from mobiquant.slices import SlicedWeight, slice_pieces, slice_weight, storable_groups
 from mobiquant.source import Source
 from mobiquant.static import static_order
 from mobiquant.thresholds import RouterScores, budget_cuts
+from mobiquant.weights import WeightError
 
 STATE_FILE = "calibration.json"
 _SENSITIVITY_FILE = "sensitivity.safetensors"
 _THRESHOLD_WINDOWS = 16
-# Tokens that pass a block together where nothing is trained.
+# Tokens that pass a block together where nothing is trained, and the room that what they leave in it may take.
 _PASS_TOKENS = 16384
+_PASS_BYTES = 3 << 30
+ACTIVATIONS = ("cpu", "disk")
 # Only a run that goes on needs these; a finished folder has none.
 _WORK_FILES = (_SENSITIVITY_FILE, "recipe-*.safetensors")
 
 
 @dataclass
 class _Streams:
-    """Hidden states between two blocks, on the CPU.
+    """Hidden states between two blocks; a block's outputs take the place of its inputs.
 
-    exact: float32 [samples, seq_len, width], full precision; sliced: float32 [windows, seq_len, width], the training
-    windows and then every held-out window once per depth; depths: int [windows]: a window stays at its depth through
-    all blocks.
+    exact: [samples, seq_len, width], full precision; sliced: [windows, seq_len, width], the training windows and then
+    every held-out window once per depth; depths: int [windows]: a window stays at its depth through all blocks.
     """
 
-    exact: Tensor
-    sliced: Tensor
+    exact: HiddenStates
+    sliced: HiddenStates
     depths: Tensor
 
 
-def calibrate(source: Source, folder: Path, text: str, settings: CalibrationSettings, restart: bool = False) -> None:
+def calibrate(
+    source: Source,
+    folder: Path,
+    text: str,
+    settings: CalibrationSettings,
+    restart: bool = False,
+    activations: str = "cpu",
+) -> None:
     """Calibrate `source` into the checkpoint `folder`, or go on where an earlier run of the same settings stopped.
 
+    activations: "cpu" or "disk", where hidden states between blocks are kept, on disk in `folder`; both give the same
+    checkpoint, and a run that was stopped may go on with the other.
     Raises CheckpointError when the folder holds something else, ValueError and its subclasses on unusable input.
     """
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations: expected one of {', '.join(ACTIVATIONS)}, found {activations}")
     settings = dataclasses.replace(settings.resolved(source.context_length), device=_device(settings.device))
     known = recipes()
     if settings.recipe not in known:
@@ -90,7 +104,7 @@ def calibrate(source: Source, folder: Path, text: str, settings: CalibrationSett
     def windows(samples: int) -> CalibrationWindows:
         return calibration_windows(text, tokenizer, bos, samples, seq_len, settings.seed)
 
-    calibration = _Calibration(source, folder, settings, windows)
+    calibration = _Calibration(source, folder, settings, windows, folder if activations == "disk" else None)
     _claim_folder(folder, _fingerprint(source, text, settings), restart)
     if (folder / INDEX_FILE).is_file():
         return
@@ -99,7 +113,8 @@ def calibrate(source: Source, folder: Path, text: str, settings: CalibrationSett
 
 
 class _Calibration:
-    """One run. windows: from a number of training windows to them and the held-out ones."""
+    """One run. windows: from a number of training windows to them and the held-out ones; hidden_folder: where hidden
+    states lie, in memory without one."""
 
     def __init__(
         self,
@@ -107,11 +122,14 @@ class _Calibration:
         folder: Path,
         settings: CalibrationSettings,
         windows: Callable[[int], CalibrationWindows],
+        hidden_folder: Path | None,
     ):
         self.source, self.folder, self.settings = source, folder, settings
+        self.hidden_folder = hidden_folder
         self.windows, self._draw_windows = windows(settings.samples), windows
         self.device = torch.device(settings.device)
-        self.batch = max(1, _PASS_TOKENS // settings.seq_len)
+        tokens = min(_PASS_TOKENS, _PASS_BYTES // hidden_bytes(source.config))
+        self.batch = max(1, tokens // settings.seq_len)
         shapes = linear_shapes(source.config)
         hidden_size = router_hidden_size([[shapes[name] for name in names] for names in ROUTER_POINTS.values()])
         self.quantization = QuantizationConfig(RouterConfig(hidden_size), settings=settings)
@@ -120,77 +138,108 @@ class _Calibration:
         self.positions = position_embeddings(source, settings.seq_len, self.device)
 
     def run(self) -> None:
-        embedding = self.source.embedding()
-        table = _sliced(embedding, f"{EMBEDDING}.weight")
-        sensitivity = self._sensitivity(embedding)
-        streams = self._first_streams(embedding, table)
+        for name in self._tables():
+            self._check_table(name)
+        sensitivity = self._sensitivity()
         recipe = recipes()[self.settings.recipe]
-        model_task = self._model_task(embedding)
+        model_task = self._model_task()
         slices = recipe.slices(model_task)
+        scores = self._blocks(recipe, slices, sensitivity)
+        self._tune_routers(recipe, model_task)
+        self._finish(scores)
+
+    def _blocks(
+        self, recipe: Recipe, slices: list[dict[str, SlicedWeight]] | None, sensitivity: Sensitivity
+    ) -> list[list[Tensor]]:
+        """Calibrate and save block after block; held-out scores of all linears, per depth."""
         steps = recipe.steps(self.settings, slices is not None)
+        streams = self._first_streams()
         scores: list[list[Tensor]] = [[] for _ in range(SLICE_COUNT)]
         with tqdm(total=steps * self.source.block_count, unit="step", smoothing=0.05) as bar:
             for index in range(self.source.block_count):
                 bar.set_description(f"block {index + 1}/{self.source.block_count}")
                 exact_block = self.source.block(index).to(self.device)
-                targets = self._advance_exact(exact_block, streams.exact)
+                self._advance_exact(exact_block, streams.exact)
                 if (self.folder / block_file(index)).is_file():
                     # Not work of this run: an estimate must not count it.
                     bar.total -= steps
                     bar.refresh()
                 else:
-                    task = self._task(index, exact_block, streams, targets, sensitivity, bar)
+                    task = self._task(index, exact_block, streams, sensitivity, bar)
                     if slices is not None:
                         task = dataclasses.replace(task, slices=slices[index])
                     self._save_block(index, recipe.run(task), exact_block)
-                block = self._saved_block(index).to(self.device)
-                sliced = self._advance_sliced(block, streams, scores)
-                streams = _Streams(targets, sliced, streams.depths)
-        self._tune_routers(recipe, model_task)
-        self._finish(scores, table)
+                    del task
+                # Before the next is read: two would be there at once.
+                del exact_block
+                self._advance_sliced(self._saved_block(index).to(self.device), streams, scores)
+        return scores
 
-    def _sensitivity(self, embedding: Tensor) -> Sensitivity:
+    def _sensitivity(self) -> Sensitivity:
         path = self.folder / _SENSITIVITY_FILE
         if not path.is_file():
-            windows, settings = self.windows.training, self.settings
-            measured = measure_sensitivity(self.source, embedding, windows, self.batch, settings.seed, self.device)
+            windows, seed = self.windows.training, self.settings.seed
+            measured = measure_sensitivity(self.source, windows, self.batch, seed, self.device, self.hidden_folder)
             measured.save(path)
         return Sensitivity.load(path)
 
-    def _model_task(self, embedding: Tensor) -> ModelTask:
+    def _model_task(self) -> ModelTask:
         return ModelTask(
             source=self.source,
-            embedding=embedding,
             windows=self._draw_windows,
             settings=self.settings,
             device=self.device,
             folder=self.folder,
         )
 
-    def _first_streams(self, embedding: Tensor, table: SlicedWeight) -> _Streams:
+    def _first_streams(self) -> _Streams:
         training, held_out = map(torch.from_numpy, (self.windows.training, self.windows.held_out))
-        sliced_embedding = SliceEmbedding(table, self.quantization.embedding_depth)
         depths = torch.cat(
             (
                 torch.arange(len(training)) % SLICE_COUNT + 1,
                 torch.arange(SLICE_COUNT).repeat_interleave(len(held_out)) + 1,
             )
         )
-        sliced = sliced_embedding(torch.cat((training, held_out.repeat(SLICE_COUNT, 1))))
-        return _Streams(functional.embedding(training, embedding), sliced, depths)
+        exact, sliced = self._room(len(training)), self._room(len(depths))
+        for chosen in torch.arange(len(training)).split(self.batch):
+            exact[chosen] = self.source.embed(training[chosen])
+        ids = torch.cat((training, held_out.repeat(SLICE_COUNT, 1)))
+        for chosen in torch.arange(len(ids)).split(self.batch):
+            sliced[chosen] = self._embed_sliced(ids[chosen])
+        return _Streams(exact, sliced, depths)
 
-    def _task(
-        self, index: int, block: nn.Module, streams: _Streams, targets: Tensor, sensitivity: Sensitivity, bar: tqdm
-    ) -> BlockTask:
+    def _room(self, windows: int) -> HiddenStates:
+        return hidden_states(windows, self.settings.seq_len, self.source.config.hidden_size, self.hidden_folder)
+
+    def _embed_sliced(self, ids: Tensor) -> Tensor:
+        """float32 [..., width] as the sliced embedding gives it; only the rows in use are sliced."""
+        used, places = ids.unique(return_inverse=True)
+        rows = slice_weight(self.source.embed(used))
+        return SliceEmbedding(rows, self.quantization.embedding_depth)(places)
+
+    def _tables(self) -> list[str]:
+        return [EMBEDDING] if self.source.config.tie_word_embeddings else [EMBEDDING, HEAD]
+
+    def _check_table(self, name: str) -> None:
+        """Say now what `_table` would refuse after all blocks."""
+        try:
+            for piece in self.source.pieces(f"{name}.weight"):
+                storable_groups(piece)
+        except WeightError:
+            raise
+        except ValueError as error:
+            raise UnsupportedModelError(f"tensor {name}.weight: {error}") from error
+
+    def _task(self, index: int, block: nn.Module, streams: _Streams, sensitivity: Sensitivity, bar: tqdm) -> BlockTask:
         def advance(stage: str) -> None:
             bar.set_description(f"block {index + 1}/{self.source.block_count}, {stage}", refresh=False)
             bar.update()
 
         return BlockTask(
             block=block,
-            inputs=streams.sliced[: self.settings.samples],
+            inputs=streams.sliced,
             depths=streams.depths[: self.settings.samples],
-            targets=targets,
+            targets=streams.exact,
             positions=self.positions,
             token_cost=sensitivity.tokens[index],
             row_cost=sensitivity.rows[index],
@@ -224,26 +273,25 @@ class _Calibration:
         return load_block(read, self.source.config, index, self.quantization.router.hidden_size, self.precision)
 
     @torch.no_grad()
-    def _advance_exact(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        batches = hidden.split(self.batch)
-        return torch.cat([block(x.to(self.device), position_embeddings=self.positions).cpu() for x in batches])
+    def _advance_exact(self, block: nn.Module, hidden: HiddenStates) -> None:
+        for chosen in torch.arange(hidden.shape[0]).split(self.batch):
+            hidden[chosen] = self._run(block, hidden[chosen])
 
     @torch.no_grad()
-    def _advance_sliced(self, block: nn.Module, streams: _Streams, scores: list[list[Tensor]]) -> Tensor:
-        """The block's outputs, every window at its depth; appends the held-out scores of its linears, per depth."""
-        outputs = torch.empty_like(streams.sliced)
-        samples = self.settings.samples
+    def _advance_sliced(self, block: nn.Module, streams: _Streams, scores: list[list[Tensor]]) -> None:
+        """Every window at its depth; appends the held-out scores of the block's linears, per depth."""
+        hidden, samples = streams.sliced, self.settings.samples
         for depth in range(1, SLICE_COUNT + 1):
             self.precision.depth = depth
             windows = torch.nonzero(streams.depths == depth).flatten()
             training, held_out = windows[windows < samples], windows[windows >= samples]
-            for chosen in training.split(self.batch):
-                outputs[chosen] = self._run(block, streams.sliced[chosen])
-            with RouterScores(block) as recorded:
-                for chosen in held_out.split(self.batch):
-                    outputs[chosen] = self._run(block, streams.sliced[chosen])
+            with self.precision.keeping():
+                for chosen in training.split(self.batch):
+                    hidden[chosen] = self._run(block, hidden[chosen])
+                with RouterScores(block) as recorded:
+                    for chosen in held_out.split(self.batch):
+                        hidden[chosen] = self._run(block, hidden[chosen])
             scores[depth - 1] += recorded.per_linear()
-        return outputs
 
     def _run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         return block(hidden.to(self.device), position_embeddings=self.positions).cpu()
@@ -264,18 +312,17 @@ class _Calibration:
         slices = {name: block.get_submodule(name).sliced() for name in LINEARS}
         return CalibratedBlock(slices, {point: block.get_submodule(f"router_{point}") for point in ROUTER_POINTS})
 
-    def _cuts(self, table: SlicedWeight) -> np.ndarray:
-        windows = torch.from_numpy(self.windows.held_out[:_THRESHOLD_WINDOWS])
-        hidden = SliceEmbedding(table, self.quantization.embedding_depth)(windows)
+    def _cuts(self) -> np.ndarray:
+        hidden = self._embed_sliced(torch.from_numpy(self.windows.held_out[:_THRESHOLD_WINDOWS]))
         blocks = [
             lambda index=index: self._saved_block(index).to(self.device) for index in range(self.source.block_count)
         ]
-        return budget_cuts(blocks, self._run, hidden, self.precision, self.sizes, self.batch)
+        return budget_cuts(blocks, self._run, hidden, self.precision, self.sizes, self.batch, self.hidden_folder)
 
-    def _finish(self, scores: list[list[Tensor]], table: SlicedWeight) -> None:
+    def _finish(self, scores: list[list[Tensor]]) -> None:
         """Set the thresholds in every block, write what lies outside the blocks, then make the folder a checkpoint."""
         count = self.source.block_count
-        cuts = self._cuts(table)
+        cuts = self._cuts()
         for index in range(count):
             path = self.folder / block_file(index)
             tensors = read_tensors(path)
@@ -283,15 +330,17 @@ class _Calibration:
                 name = block_name(index, f"router_{point}.threshold")
                 tensors[name] = np.broadcast_to(cuts, tensors[name].shape)
             write_tensors(path, tensors)
-        outer, head = _slice_tensors(EMBEDDING, table), table
-        if not self.source.config.tie_word_embeddings:
-            head = _sliced(self.source.head(), f"{HEAD}.weight")
-            outer |= _slice_tensors(HEAD, head)
-        costs = measure_outer(self.source, table, head, self.windows.held_out, self.settings.batch, self.device)
+        tables = {name: slice_pieces(self.source.pieces(f"{name}.weight")) for name in self._tables()}
+        table, head = tables[EMBEDDING], tables.get(HEAD, tables[EMBEDDING])
+        held_out, batch = self.windows.held_out, self.settings.batch
+        costs = measure_outer(self.source, table, head, held_out, batch, self.device, self.hidden_folder)
         embedding_depth, output_depth = costs.choose()
         quantization = dataclasses.replace(
             self.quantization, embedding_depth=embedding_depth, output_depth=output_depth
         )
+        outer: dict[str, np.ndarray] = {}
+        for name, sliced in tables.items():
+            outer |= {f"{name}.{part.name}": getattr(sliced, part.name).numpy() for part in dataclasses.fields(sliced)}
         outer[FINAL_NORM] = self.source.tensor(FINAL_NORM).numpy()
         outer[STATIC_ORDER] = static_order(expected_gains(scores))
         outer[ROTARY_FREQUENCIES] = self.source.rotary().inv_freq.numpy()
@@ -353,14 +402,3 @@ def _device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected a CUDA GPU, found none that this torch can use")
     return name
-
-
-def _sliced(weight: Tensor, name: str) -> SlicedWeight:
-    try:
-        return slice_weight(weight)
-    except ValueError as error:
-        raise UnsupportedModelError(f"tensor {name}: {error}") from error
-
-
-def _slice_tensors(name: str, sliced: SlicedWeight) -> dict[str, np.ndarray]:
-    return {f"{name}.{part.name}": getattr(sliced, part.name).numpy() for part in dataclasses.fields(sliced)}

@@ -74,7 +74,8 @@ def block_name(block: int, name: str) -> str:
 
 
 class Checkpoint:
-    """A finished checkpoint, open for reading. Tensors are read from disk one at a time, when asked for.
+    """A finished checkpoint, open for reading. Tensors are read from disk one at a time, when asked for, and no file
+    stays mapped between reads, so that resident memory is what was asked for.
 
     path: the folder; config: the parsed config.json; quantization: its `quantization_config`.
     """
@@ -84,7 +85,6 @@ class Checkpoint:
         self.config = config
         self.quantization = quantization
         self._index = index
-        self._files: dict[str, Any] = {}
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
@@ -94,9 +94,13 @@ class Checkpoint:
         return name in self._index
 
     def tensor(
-        self, name: str, dtype: type[np.generic] | None = None, shape: tuple[int, ...] | None = None
+        self,
+        name: str,
+        dtype: type[np.generic] | None = None,
+        shape: tuple[int, ...] | None = None,
+        rows: slice | None = None,
     ) -> np.ndarray:
-        """Read one tensor. With `dtype` or `shape`, also require them.
+        """Read one tensor, or some `rows` of it. With `dtype` or `shape`, also require them of the whole.
 
         Raises CheckpointError when the tensor is absent, unreadable, or not of that dtype or shape.
         """
@@ -104,15 +108,16 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: tensor {name}: expected in {INDEX_FILE}, found nothing")
         file = self.path / self._index[name]
         try:
-            if self._index[name] not in self._files:
-                self._files[self._index[name]] = safe_open(file, framework="numpy")
-            value = self._files[self._index[name]].get_tensor(name)
+            with safe_open(file, framework="numpy") as opened:
+                part = opened.get_slice(name)
+                found = tuple(part.get_shape())
+                if shape is not None and found != tuple(shape):
+                    raise CheckpointError(f"{file}: tensor {name}: expected shape {tuple(shape)}, found {found}")
+                value = opened.get_tensor(name) if rows is None else part[rows]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: tensor {name}: cannot be read: {error}") from error
         if dtype is not None and value.dtype != np.dtype(dtype):
             raise CheckpointError(f"{file}: tensor {name}: expected dtype {np.dtype(dtype)}, found {value.dtype}")
-        if shape is not None and value.shape != tuple(shape):
-            raise CheckpointError(f"{file}: tensor {name}: expected shape {tuple(shape)}, found {value.shape}")
         return value
 
 

@@ -78,6 +78,12 @@ def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
     paper.add_argument("--epochs", type=int, default=defaults.epochs, metavar="N", help="per stage (%(default)s)")
     parser.add_argument("-s", "--seed", type=int, default=defaults.seed, metavar="S", help="(%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default=defaults.device, help="(%(default)s)")
+    parser.add_argument(
+        "--activations",
+        choices=("cpu", "disk"),
+        default="cpu",
+        help="keep hidden states between blocks in memory, or in DIR (%(default)s)",
+    )
     parser.add_argument("--restart", action="store_true", help="throw away what an earlier run left in DIR")
     parser.set_defaults(func=_calibrate)
 
@@ -102,7 +108,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         raise ValueError("--text: expected a file: the bundled text comes with the source tree, not with the package")
     text = read_text(args.text or _DEMO_TEXT)
     try:
-        calibrate(open_source(args.model), args.output, text, settings, args.restart)
+        calibrate(open_source(args.model), args.output, text, settings, args.restart, args.activations)
     except KeyboardInterrupt:
         print(f"interrupted: the same command goes on from the blocks in {args.output}", file=sys.stderr)
         return 130

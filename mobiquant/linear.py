@@ -5,7 +5,8 @@ The precision in use is shared by all layers of a model through one `Precision`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -23,13 +24,24 @@ class Precision:
     """How many slices the routed linears read: `depth` for every token, one for all or one per block and linear; when
     it is None, what the routers give at `average_bits`. budgets: the average bits of the threshold tables. recorded:
     per block and linear the depths of the last forward pass, uint8 [tokens]. exact: products in the runtime's order of
-    sums; without it one matrix product, much faster, and equal to rounding."""
+    sums; without it one matrix product, much faster, and equal to rounding. kept: matrices of products that are not
+    exact, while `keeping`."""
 
     budgets: tuple[float, ...]
     depth: int | Mapping[tuple[int, int], int] | None = SLICE_COUNT
     average_bits: float = float(SLICE_BITS * SLICE_COUNT)
     recorded: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     exact: bool = True
+    kept: dict[tuple[tuple[int, int], int], Tensor] | None = None
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Make the matrix of a linear at a depth once, for a block that runs many times: 4 bytes a weight and depth."""
+        self.kept = {}
+        try:
+            yield
+        finally:
+            self.kept = None
 
 
 class SliceLinear(nn.Module):
@@ -91,8 +103,16 @@ class RoutedLinear(SliceLinear):
             if self._precision.exact:
                 result[tokens] = self.multiply(chosen, depth)
             else:
-                result[tokens] = chosen.dequantized() @ unslice_weight(self.sliced(), depth).T
+                result[tokens] = chosen.dequantized() @ self._matrix(depth).T
         return result.reshape(*x.shape[:-1], self.rows)
+
+    def _matrix(self, depth: int) -> Tensor:
+        kept, key = self._precision.kept, (self._place, depth)
+        if kept is None:
+            return unslice_weight(self.sliced(), depth)
+        if key not in kept:
+            kept[key] = unslice_weight(self.sliced(), depth)
+        return kept[key]
 
     def _depths(self, x: Activations) -> Tensor:
         precision = self._precision

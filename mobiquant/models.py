@@ -103,6 +103,12 @@ def linear_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
     return dict(zip(LINEARS, shapes, strict=True))
 
 
+def hidden_bytes(config: PreTrainedConfig) -> int:
+    """About what one token's hidden states in a block take until the backward pass: 12 widths and 6 feed-forwards, and
+    some temporaries."""
+    return 80 * (2 * config.hidden_size + config.intermediate_size)
+
+
 def empty_block(config: PreTrainedConfig, index: int) -> nn.Module:
     """Block `index` without storage (meta device), as transformers defines it."""
     with torch.device("meta"):

@@ -1,12 +1,14 @@
 """How deep the embedding and the output head are read by default: as little as costs under one per cent of perplexity.
 
-Both are measured alone, with the blocks in full precision, on held-out windows. Memory holds one block, the hidden
-states of five streams (the exact embedding and four depths), the head twice, and logits of a few tokens.
+Both are measured alone, with the blocks in full precision, on held-out windows. Memory holds one block or the head
+twice, logits of a few tokens, and the hidden states of five streams (the exact embedding and four depths), which may
+lie on disk.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from mobiquant.activations import quantize_activations
+from mobiquant.hidden import HiddenStates, hidden_states
+from mobiquant.linear import SliceEmbedding
 from mobiquant.packing import SLICE_COUNT
 from mobiquant.sensitivity import position_embeddings
 from mobiquant.slices import SlicedWeight, unslice_weight
@@ -49,20 +53,31 @@ class OuterCosts:
 
 @torch.no_grad()
 def measure_outer(
-    source: Source, embedding: SlicedWeight, head: SlicedWeight, windows: np.ndarray, batch: int, device: torch.device
+    source: Source,
+    embedding: SlicedWeight,
+    head: SlicedWeight,
+    windows: np.ndarray,
+    batch: int,
+    device: torch.device,
+    folder: Path | None = None,
 ) -> OuterCosts:
     """Costs on the first of `windows`, int64 [windows, seq_len]. batch: windows computed together.
 
-    embedding, head: the two as sliced, on the CPU; the same object when tied.
+    embedding, head: the two as sliced, on the CPU; the same object when tied. folder: where hidden states lie, in
+    memory without one.
     """
     ids = torch.from_numpy(windows[:_WINDOWS])
-    tables = (source.embedding(), *(unslice_weight(embedding, depth) for depth in _DEPTHS))
-    streams = [functional.embedding(ids, table) for table in tables]
-    positions = position_embeddings(source, windows.shape[1], device)
+    count, seq_len = ids.shape
+    streams = hidden_states((len(_DEPTHS) + 1) * count, seq_len, source.config.hidden_size, folder)
+    streams[torch.arange(count)] = source.embed(ids)
+    for depth in _DEPTHS:
+        streams[depth * count + torch.arange(count)] = SliceEmbedding(embedding, depth)(ids)
+    positions = position_embeddings(source, seq_len, device)
     for index in tqdm(range(source.block_count), desc="embedding and head", unit="block"):
         block = source.block(index).to(device)
-        for part in (part for stream in streams for part in stream.split(batch)):
-            part.copy_(block(part.to(device), position_embeddings=positions))
+        for part in torch.arange(streams.shape[0]).split(batch):
+            streams[part] = block(streams[part].to(device), position_embeddings=positions).cpu()
+        del block
     norm, full = source.final_norm().to(device), source.head().to(device)
     sums = np.stack(
         [_compare(streams, ids, norm, full, unslice_weight(head, depth).to(device)) for depth in _DEPTHS], axis=1
@@ -71,16 +86,15 @@ def measure_outer(
     return OuterCosts(np.expm1(nll), divergence)
 
 
-def _compare(streams: list[Tensor], ids: Tensor, norm: nn.Module, full: Tensor, head: Tensor) -> np.ndarray:
+def _compare(streams: HiddenStates, ids: Tensor, norm: nn.Module, full: Tensor, head: Tensor) -> np.ndarray:
     """float64 [4, 2], sums over tokens for the streams after the first, with `head` float32 [vocab, width]: what they
     add to the negative log likelihood of the first stream with the head `full`, and their divergence from it."""
-    sums = np.zeros((len(streams) - 1, 2))
+    sums = np.zeros((len(_DEPTHS), 2))
     for window, targets in enumerate(ids):
+        states = streams[torch.arange(window, streams.shape[0], len(ids))]
         for start in range(0, len(targets) - 1, _LOGIT_TOKENS):
             following = targets[start + 1 : start + 1 + _LOGIT_TOKENS, None].to(head.device)
-            exact, *others = (
-                norm(stream[window, start : start + len(following)].to(head.device)) for stream in streams
-            )
+            exact, *others = (norm(stream[start : start + len(following)].to(head.device)) for stream in states)
             expected = (exact @ full.T).log_softmax(-1)
             for place, x in enumerate(others):
                 found = (quantize_activations(x).dequantized() @ head.T).log_softmax(-1)

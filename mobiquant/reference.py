@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig
 
-from mobiquant.arithmetic import causal_attention, rms_norm, rope_tables, rotate, silu_times
+from mobiquant.arithmetic import causal_attention, rms_norm, rope_tables, rotate, round_to_int8, silu_times
 from mobiquant.checkpoint import EMBEDDING, FINAL_NORM, HEAD, LINEARS, ROTARY_FREQUENCIES, STATIC_ORDER, open_checkpoint
 from mobiquant.correction import RunningCorrection
 from mobiquant.linear import Precision, SliceEmbedding, SliceLinear
 from mobiquant.models import linear_shapes, load_block, load_slices, parse_config
 from mobiquant.packing import SLICE_BITS, SLICE_COUNT
 from mobiquant.static import RAISES, static_depths
+from mobiquant.windows import sliding_windows
 
 
 class ReferenceModel:
@@ -42,6 +43,7 @@ class ReferenceModel:
         inverse_frequencies: Tensor,
         static_order: np.ndarray | None,
         exact: bool,
+        cache_type: str,
     ) -> None:
         self.config = config
         self._precision = precision
@@ -53,8 +55,10 @@ class ReferenceModel:
         self._inverse_frequencies = inverse_frequencies
         self._static_order = static_order
         self._exact = exact
+        self._cache_type = cache_type
         self._average_bits = float(SLICE_BITS * SLICE_COUNT)
         self._depths: list[np.ndarray] = []
+        self._windows = sliding_windows(config.to_dict(), len(blocks))
         self._scale = float(np.float32(1.0) / np.sqrt(np.float32(config.head_dim)))
         self._sizes = np.array([rows * columns for rows, columns in linear_shapes(config).values()])
 
@@ -100,14 +104,14 @@ class ReferenceModel:
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """float32 [n, vocab] for tokens int [n]."""
         embedded = self._embedding(torch.from_numpy(tokens.astype(np.int64)).to(self._norm.device))
-        caches = [_Cache() for _ in self._blocks]
+        caches = [_Cache(self._cache_type) for _ in self._blocks]
         outputs: list[Tensor] = []
         self._depths = []
         for begin, end in self._stretches(len(tokens)):
             x = embedded[begin:end]
             cosine, sine = (table[begin:end] for table in rope_tables(self._inverse_frequencies, end))
-            for block, cache in zip(self._blocks, caches, strict=True):
-                x = self._run_block(block, x, cosine, sine, cache)
+            for block, cache, window in zip(self._blocks, caches, self._windows, strict=True):
+                x = self._run_block(block, x, cosine, sine, cache, window)
             outputs.append(x)
             self._depths.append(self._recorded())
         return self._head(rms_norm(torch.cat(outputs), self._norm, self.config.rms_norm_eps)).cpu().numpy()
@@ -132,7 +136,9 @@ class ReferenceModel:
         stacked = torch.stack([torch.stack([recorded[b, i] for i in range(len(LINEARS))], 1) for b in blocks], 1)
         return stacked.cpu().numpy()
 
-    def _run_block(self, block: nn.Module, x: Tensor, cosine: Tensor, sine: Tensor, cache: _Cache) -> Tensor:
+    def _run_block(
+        self, block: nn.Module, x: Tensor, cosine: Tensor, sine: Tensor, cache: _Cache, window: int
+    ) -> Tensor:
         """One decoder block on the residual stream x, float32 [tokens, width], after the tokens in `cache`."""
         attention, mlp = block.self_attn, block.mlp
         normed = rms_norm(x, block.input_layernorm.weight, self.config.rms_norm_eps)
@@ -143,30 +149,32 @@ class ReferenceModel:
         query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         shared = query.shape[0] // key.shape[0]
         key, value = (cached.repeat_interleave(shared, dim=0) for cached in cache.extend(key, value))
-        x = x + attention.o_proj(self._attend(query, key, value).transpose(0, 1).flatten(1))
+        x = x + attention.o_proj(self._attend(query, key, value, window).transpose(0, 1).flatten(1))
         normed = rms_norm(x, block.post_attention_layernorm.weight, self.config.rms_norm_eps)
         return x + mlp.down_proj(silu_times(mlp.gate_proj(normed), mlp.up_proj(normed)))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
         if self._exact:
-            return causal_attention(query, key, value, self._scale)
-        seen = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
-        seen = seen.tril(key.shape[1] - query.shape[1])
+            return causal_attention(query, key, value, self._scale, window)
+        before = key.shape[1] - query.shape[1]
+        seen = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device).tril(before)
+        seen = seen.triu(before - window + 1) if window else seen
         batch = (part.unsqueeze(0) for part in (query, key, value))
         return functional.scaled_dot_product_attention(*batch, attn_mask=seen, scale=self._scale).squeeze(0)
 
 
 class _Cache:
-    """Keys and values of one block so far, float16 as in the runtime: [kv heads, positions, head_dim]."""
+    """Keys and values of one block so far, rounded as in the runtime, float32 [kv heads, positions, head_dim]."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache_type: str) -> None:
+        self._rounded = round_to_int8 if cache_type == "q8_0" else lambda part: part.half().float()
         self._parts: tuple[Tensor, ...] = ()
 
     def extend(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Append keys and values of new tokens, float32; returns all of them, float32."""
-        new = tuple(part.half() for part in parts)
+        """Append keys and values of new tokens, float32; returns all of them."""
+        new = tuple(self._rounded(part) for part in parts)
         self._parts = tuple(torch.cat(pair, 1) for pair in zip(self._parts, new, strict=True)) if self._parts else new
-        return tuple(part.float() for part in self._parts)
+        return self._parts
 
 
 def _check_bits(name: str, bits: float) -> None:
@@ -174,8 +182,10 @@ def _check_bits(name: str, bits: float) -> None:
         raise ValueError(f"{name}: expected {SLICE_BITS}..{SLICE_BITS * SLICE_COUNT}, found {bits}")
 
 
-def open_reference(path: Path | str, device: str = "cpu", *, exact: bool = True) -> ReferenceModel:
-    """Open a checkpoint folder. Raises CheckpointError or UnsupportedModelError."""
+def open_reference(
+    path: Path | str, device: str = "cpu", *, exact: bool = True, cache_type: str = "f16"
+) -> ReferenceModel:
+    """Open a checkpoint folder. cache_type: "f16" or "q8_0". Raises CheckpointError or UnsupportedModelError."""
     checkpoint = open_checkpoint(path)
     config = parse_config(checkpoint.config, checkpoint.path)
     quantization, read = checkpoint.quantization, checkpoint.tensor
@@ -202,4 +212,5 @@ def open_reference(path: Path | str, device: str = "cpu", *, exact: bool = True)
         frequencies.to(device),
         order,
         exact,
+        cache_type,
     )

@@ -7,6 +7,7 @@ scale for the whole model, so one cut through all scores serves one average.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -140,7 +141,9 @@ def straight_through_gates(scores: Tensor, cut: float, temperature: float) -> Te
     """Gates 0 or 1 of slices 2..4, float32 of the scores' shape, monotone; gradient of sigmoid((score - cut) / T)."""
     soft = torch.sigmoid((scores - cut) / temperature)
     hard = (scores > cut).to(scores.dtype)
-    return (hard + soft - soft.detach()).cumprod(-1)
+    own = (hard + soft - soft.detach()).unbind(-1)
+    # Products written out: the gradient of a cumulative one looks for zeros, and most gates are.
+    return torch.stack([math.prod(own[: index + 1]) for index in range(len(own))], dim=-1)
 
 
 def spending_cut(scores: Sequence[Tensor], weights: Sequence[int], bits: float) -> float:

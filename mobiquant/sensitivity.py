@@ -2,7 +2,8 @@
 
 With labels drawn from the model's own prediction and g the gradient of their negative log likelihood, a small error Δy
 costs E[(g·Δy)²] / 2 nats of KL divergence. Kept per linear as the product of one factor per token and one per row.
-The backward pass goes block by block, so memory holds one block.
+The backward pass goes block by block, so memory holds one block and the head, and the hidden states between all blocks
+of some windows, which may lie on disk.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from mobiquant.checkpoint import LINEARS, read_tensors, write_tensors
+from mobiquant.hidden import hidden_states
 from mobiquant.source import Source
+
+# Tokens whose hidden states between all blocks are there at once, and tokens whose logits are.
+_PASS_TOKENS = 16384
+_LOGIT_TOKENS = 512
 
 
 class Sensitivity:
@@ -41,33 +47,55 @@ class Sensitivity:
 
 
 def measure_sensitivity(
-    source: Source, embedding: Tensor, windows: np.ndarray, batch: int, seed: int, device: torch.device
+    source: Source, windows: np.ndarray, batch: int, seed: int, device: torch.device, folder: Path | None = None
 ) -> Sensitivity:
     """One forward and one backward pass of the full-precision model over `windows`, int64 [windows, seq_len].
 
-    embedding: float32 [vocab, width].
+    batch: windows that pass a block together; folder: where hidden states lie, in memory without one.
     """
     blocks, (count, seq_len) = source.block_count, windows.shape
+    # Every pass over the model reads all of it, so as many windows as their hidden states allow take part.
+    together = max(batch, _PASS_TOKENS // seq_len)
+    passes = -(-count // together)
+    hidden = hidden_states((blocks + 1) * min(together, count), seq_len, source.config.hidden_size, folder)
     tokens = torch.zeros(blocks, len(LINEARS), count, seq_len)
     rows: list[list[Tensor]] = [[torch.zeros(0)] * len(LINEARS) for _ in range(blocks)]
     positions = position_embeddings(source, seq_len, device)
     norm, head = source.final_norm().to(device), source.head().to(device)
     generator = torch.Generator(device).manual_seed(seed)
-    for start in tqdm(range(0, count, batch), desc="sensitivity", unit="batch"):
-        ids = torch.from_numpy(windows[start : start + batch])
-        hidden = [functional.embedding(ids, embedding)]
-        for index in range(blocks):
-            with torch.no_grad():
+    with tqdm(total=2 * passes * blocks, desc="sensitivity", unit="block") as bar:
+        for start in range(0, count, together):
+            ids = torch.from_numpy(windows[start : start + together])
+            batches = torch.arange(len(ids)).split(batch)
+            for chosen in batches:
+                hidden[chosen] = source.embed(ids[chosen])
+            for index in range(blocks):
+                before, after = index * len(ids), (index + 1) * len(ids)
+                with torch.no_grad():
+                    block = source.block(index).to(device)
+                    for chosen in batches:
+                        output = block(hidden[before + chosen].to(device), position_embeddings=positions)
+                        hidden[after + chosen] = output.cpu()
+                del block
+                bar.update()
+            # From here on a gradient by a block's output takes the place of the output.
+            for chosen in blocks * len(ids) + torch.arange(len(ids)):
+                hidden[int(chosen)] = _loss_gradient(hidden[int(chosen)].to(device), norm, head, generator).cpu()
+            for index in reversed(range(blocks)):
+                before, after = index * len(ids), (index + 1) * len(ids)
                 block = source.block(index).to(device)
-                hidden.append(block(hidden[-1].to(device), position_embeddings=positions).cpu())
-        gradient = _loss_gradient(hidden.pop().to(device), norm, head, generator)
-        for index in reversed(range(blocks)):
-            block = source.block(index).to(device)
-            gradient, squares = _block_gradients(block, hidden.pop().to(device), gradient, positions)
-            for place, square in enumerate(squares):
-                tokens[index, place, start : start + batch] = square.mean(-1).cpu()
-                total = square.sum((0, 1)).cpu()
-                rows[index][place] = total if start == 0 else rows[index][place] + total
+                for chosen in batches:
+                    gradient, squares = _block_gradients(
+                        block, hidden[before + chosen].to(device), hidden[after + chosen].to(device), positions
+                    )
+                    hidden[before + chosen] = gradient.cpu()
+                    for place, square in enumerate(squares):
+                        tokens[index, place, start + chosen] = square.mean(-1).cpu()
+                        total = square.sum((0, 1)).cpu()
+                        first = start == 0 and chosen[0] == 0
+                        rows[index][place] = total if first else rows[index][place] + total
+                del block
+                bar.update()
     shares = [[total / total.mean().clamp_min(1e-30) for total in linears] for linears in rows]
     return Sensitivity(tokens, shares)
 
@@ -79,12 +107,14 @@ def position_embeddings(source: Source, seq_len: int, device: torch.device) -> t
 
 
 def _loss_gradient(hidden: Tensor, norm: nn.Module, head: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of the summed negative log likelihood of sampled labels by the last block's output."""
-    hidden = hidden.requires_grad_()
-    logits = (norm(hidden) @ head.T).flatten(0, 1)
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-    (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, labels, reduction="sum"), hidden)
-    return gradient
+    """Gradient of the summed negative log likelihood of sampled labels by the last block's output, [seq_len, width]."""
+    gradients = []
+    for tokens in hidden.split(_LOGIT_TOKENS):
+        tokens = tokens.detach().requires_grad_()
+        logits = norm(tokens) @ head.T
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        gradients += torch.autograd.grad(functional.cross_entropy(logits, labels, reduction="sum"), tokens)
+    return torch.cat(gradients)
 
 
 def _block_gradients(

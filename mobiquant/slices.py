@@ -11,7 +11,8 @@ Everything here works on weights split into groups, [rows, groups, 128], the las
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ LEVELS = 1 << SLICE_BITS
 CODES = LEVELS**SLICE_COUNT
 # The smallest subnormal of float16: a stored scale is never 0.
 MIN_SCALE = 2.0**-24
+_PIECE_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,23 @@ def slice_weight(weight: Tensor, gamma: Tensor | None = None, beta: Tensor | Non
     return SlicedWeight(codes, scale.squeeze(-1).to(torch.float16), offset.squeeze(-1).to(torch.float16))
 
 
+def slice_pieces(pieces: Iterable[Tensor]) -> SlicedWeight:
+    """`slice_weight` of a matrix that comes some rows at a time."""
+    sliced = [slice_weight(piece) for piece in pieces]
+    return SlicedWeight(*(torch.cat([getattr(piece, part.name) for piece in sliced]) for part in fields(SlicedWeight)))
+
+
 def unslice_weight(sliced: SlicedWeight, depth: int) -> Tensor:
     """The matrix at `depth`, float32 [rows, columns]."""
-    codes = split_groups(sliced.codes)
-    scale, offset = sliced.scales.float().unsqueeze(-1), sliced.offsets.float().unsqueeze(-1)
-    return join_groups(decode(codes, scale, offset, depth), sliced.codes.shape[1])
+    rows, columns = sliced.codes.shape
+    result = torch.empty(rows, columns, device=sliced.codes.device)
+    # Some rows at a time: what lies between codes and weights takes several times the room of the result.
+    step = max(1, _PIECE_WEIGHTS // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        scale, offset = (values[part].float().unsqueeze(-1) for values in (sliced.scales, sliced.offsets))
+        result[part] = join_groups(decode(split_groups(sliced.codes[part]), scale, offset, depth), columns)
+    return result
 
 
 def _stored(values: Tensor) -> Tensor:

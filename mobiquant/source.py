@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from mobiquant.checkpoint import CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD, INDEX_FILE, TOKENIZER_FILES
+from mobiquant.checkpoint import CONFIG_FILE, EMBEDDING, FINAL_NORM, HEAD, TOKENIZER_FILES
 from mobiquant.models import ARCHITECTURES, UnsupportedModelError, empty_block, parse_config
-
-_SINGLE_FILE = "model.safetensors"
+from mobiquant.weights import WeightFiles
 
 
 class Source:
@@ -29,7 +28,8 @@ class Source:
         self.content = content
         self.config = parse_config(content, path / CONFIG_FILE)
         self.config._attn_implementation = "sdpa"
-        self._index = _weight_map(path)
+        self._weights = WeightFiles(path)
+        self._weights.check(self._shapes())
 
     @property
     def block_count(self) -> int:
@@ -40,28 +40,25 @@ class Source:
         return self.config.max_position_embeddings
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor in float32. Raises UnsupportedModelError when it is absent or cannot be read."""
-        if name not in self._index:
-            raise UnsupportedModelError(f"{self.path}: tensor {name}: expected, found nothing")
-        file = self.path / self._index[name]
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(name).to(torch.float32)
-        except (OSError, SafetensorError) as error:
-            raise UnsupportedModelError(f"{file}: tensor {name}: cannot be read: {error}") from error
+        """One tensor in float32. Raises WeightError when it cannot be read."""
+        return self._weights.tensor(name)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A matrix in float32, some thousand rows at a time."""
+        return self._weights.pieces(name)
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows of a matrix, float32 [*ids.shape, columns], without the rest of it in memory."""
+        return self._weights.rows(name, ids)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the first block reads: int64 [...] -> float32 [..., width]."""
+        return self.rows(f"{EMBEDDING}.weight", ids)
 
     def block(self, index: int) -> nn.Module:
         """Block `index` in full precision, ready to run, its parameters frozen."""
         block = empty_block(self.config, index)
-        prefix = f"model.layers.{index}."
-        tensors = {}
-        for name, parameter in block.state_dict().items():
-            tensors[name] = self.tensor(prefix + name)
-            if tensors[name].shape != parameter.shape:
-                raise UnsupportedModelError(
-                    f"{self.path}: tensor {prefix + name}: expected shape {tuple(parameter.shape)}, "
-                    f"found {tuple(tensors[name].shape)}"
-                )
+        tensors = {name: self.tensor(f"model.layers.{index}.{name}") for name in block.state_dict()}
         block.load_state_dict(tensors, assign=True)
         return block.requires_grad_(False).eval()
 
@@ -89,17 +86,23 @@ class Source:
         return load_tokenizer(self.path)
 
     def fingerprint(self) -> str:
-        """A digest of the configuration, the tokenizer, and the header and size of every weight file.
-
-        Not of all weights: reading them again at every start would cost minutes on a large model.
-        """
+        """A digest of the configuration, the tokenizer, and the header and size of every weight file."""
         digest = hashlib.sha256(json.dumps(self.content, sort_keys=True).encode())
         digest.update((self.path / TOKENIZER_FILES[0]).read_bytes())
-        for name in sorted(set(self._index.values())):
-            with (self.path / name).open("rb") as file:
-                digest.update(file.read(1 << 20))
-            digest.update(f"{name} {(self.path / name).stat().st_size}".encode())
+        self._weights.update_digest(digest)
         return digest.hexdigest()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that will be read, with its shape."""
+        config = self.config
+        table = (config.vocab_size, config.hidden_size)
+        shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": table, FINAL_NORM: (config.hidden_size,)}
+        if not config.tie_word_embeddings:
+            shapes[f"{HEAD}.weight"] = table
+        for index in range(self.block_count):
+            for name, parameter in empty_block(config, index).state_dict().items():
+                shapes[f"model.layers.{index}.{name}"] = tuple(parameter.shape)
+        return shapes
 
 
 def open_source(model: str) -> Source:
@@ -113,8 +116,13 @@ def open_source(model: str) -> Source:
         raise UnsupportedModelError(f"{path}: expected a folder with a readable {CONFIG_FILE}: {error}") from error
     if not isinstance(content, dict):
         raise UnsupportedModelError(f"{path / CONFIG_FILE}: expected a JSON object, found {type(content).__name__}")
-    if "quantization_config" in content:
-        raise UnsupportedModelError(f"{path / CONFIG_FILE}: expected full precision, found a quantized model")
+    quantization = content.get("quantization_config") or content.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise UnsupportedModelError(
+            f"{path / CONFIG_FILE}: quantization_config: expected full precision, found a quantized model "
+            f"(quant_method {method}); calibrate the one that it was made from"
+        )
     return Source(path, content)
 
 
@@ -122,19 +130,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """tokenizer.json of a model or checkpoint folder."""
     file = path / TOKENIZER_FILES[0]
     if not file.is_file():
-        raise UnsupportedModelError(f"{path}: expected {file.name}, found nothing")
-    return Tokenizer.from_file(str(file))
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor name -> file, from the index or from the single file."""
-    index = path / INDEX_FILE
-    if index.is_file():
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    if not (path / _SINGLE_FILE).is_file():
-        raise UnsupportedModelError(f"{path}: expected {INDEX_FILE} or {_SINGLE_FILE}, found neither")
-    with safe_open(path / _SINGLE_FILE, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), _SINGLE_FILE)
+        others = [name for name in ("tokenizer.model", "vocab.json", "spiece.model") if (path / name).is_file()]
+        found = "nothing"
+        if others:
+            found = (
+                f"{others[0]} alone; make it with transformers: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        raise UnsupportedModelError(f"{path}: expected {file.name}, found {found}")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers package raises bare Exception
+        raise UnsupportedModelError(f"{file}: expected a tokenizer of the tokenizers package: {error}") from error
 
 
 def _fetch(model: str) -> Path:

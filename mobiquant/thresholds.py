@@ -7,6 +7,7 @@ the text runs once per candidate cut, routed by it, and budgets are read off bet
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from mobiquant.activations import quantize_activations
 from mobiquant.checkpoint import ROUTER_POINTS
+from mobiquant.hidden import hidden_states
 from mobiquant.linear import Precision
 from mobiquant.packing import SLICE_BITS
 from mobiquant.router import Router, spending_cut
@@ -62,41 +64,49 @@ def budget_cuts(
     precision: Precision,
     sizes: Sequence[int],
     batch: int,
+    folder: Path | None = None,
 ) -> np.ndarray:
     """The cut for every entry of `precision.budgets`, float32, descending.
 
     blocks: load the calibrated blocks, which share `precision`, one at a time; run(block, hidden): its output; hidden:
     float32 [windows, seq_len, width], embedded held-out text, taken `batch` windows at a time; sizes: weights of a
-    block's linears, in the order of LINEARS.
+    block's linears, in the order of LINEARS; folder: where hidden states between blocks lie, in memory without one.
     """
+    count = len(hidden)
+    streams = hidden_states(_CANDIDATES * count, *hidden.shape[1:], folder)
+    batches = torch.arange(count).split(batch)
     scores: list[Tensor] = []
     bits = np.zeros(_CANDIDATES)
     with tqdm(total=2 * len(blocks), desc="thresholds", unit="block") as bar:
-        precision.depth, stream = _FIRST_DEPTH, hidden
+        precision.depth = _FIRST_DEPTH
+        streams[torch.arange(count)] = hidden
         for load in blocks:
             block = load()
-            with RouterScores(block) as recorded:
-                stream = torch.cat([run(block, windows) for windows in stream.split(batch)])
+            with RouterScores(block) as recorded, precision.keeping():
+                for windows in batches:
+                    streams[windows] = run(block, streams[windows])
             scores += recorded.per_linear()
+            del block
             bar.update()
         weights = list(sizes) * len(blocks)
         highest, lowest = (spending_cut(scores, weights, bound) for bound in (_LEAST_BITS, _MOST_BITS))
         candidates = np.linspace(highest, lowest, _CANDIDATES, dtype=np.float32)
         precision.depth, precision.average_bits = None, sum(precision.budgets[:2]) / 2
         precision.recorded.clear()
-        streams = [hidden] * _CANDIDATES
+        for place in range(_CANDIDATES):
+            streams[place * count + torch.arange(count)] = hidden
+        del hidden
         for load in blocks:
             block = load()
             routers = [block.get_submodule(f"router_{point}") for point in ROUTER_POINTS]
-            for place, cut in enumerate(candidates):
-                for router in routers:
-                    router.threshold.fill_(float(cut))
-                outputs = []
-                for windows in streams[place].split(batch):
-                    outputs.append(run(block, windows))
-                    share = len(windows) / (len(hidden) * len(blocks))
-                    bits[place] += share * _bits_read(precision, sizes)
-                streams[place] = torch.cat(outputs)
+            with precision.keeping():
+                for place, cut in enumerate(candidates):
+                    for router in routers:
+                        router.threshold.fill_(float(cut))
+                    for windows in batches:
+                        streams[place * count + windows] = run(block, streams[place * count + windows])
+                        bits[place] += len(windows) / (count * len(blocks)) * _bits_read(precision, sizes)
+            del block, routers
             bar.update()
     cuts = np.interp(precision.budgets, np.maximum.accumulate(bits), candidates)
     above, below = max(float(linear.max()) for linear in scores), min(float(linear.min()) for linear in scores)

@@ -25,7 +25,7 @@ from runtime.completion import create_chat_completion, create_completion
 from runtime.cpu import physical_cores
 from runtime.errors import MobiQuantError
 from runtime.generation import LogitsProcessor
-from runtime.native import ModelInfo, NativeModel, NativeSession, Stats
+from runtime.native import CACHE_TYPES, ModelInfo, NativeModel, NativeSession, Stats
 from runtime.sampling import Sampler, SamplingSettings
 from runtime.state import SavedSession
 from runtime.tokens import Tokenizer
@@ -39,6 +39,8 @@ class _SessionOptions:
     n_threads: int
     n_batch: int
     kernel: str | None
+    cache_type_k: str
+    cache_type_v: str
 
 
 class Model:
@@ -46,6 +48,8 @@ class Model:
 
     path: the GGUF file.
     n_ctx: tokens the cache holds, 0 for the model's context. n_batch: prompt tokens computed together.
+    cache_type: how keys and values are kept: "f16", "q8_0" for int8 with a scale for every 32 numbers (half the
+    memory), or a pair, keys first.
     n_threads: None for one per physical core. kernel: kernels to use, None for $MOBIQUANT_KERNEL or the CPU's best.
     bits: one precision for every token, 2, 4, 6 or 8. avg_bits: an average from 2 to 8, tokens routed one by one.
     bits="static:X": an average from 2 to 8 with one depth per linear, the same for every token.
@@ -66,6 +70,7 @@ class Model:
         n_threads: int | None = None,
         n_batch: int = 512,
         kernel: str | None = None,
+        cache_type: str | tuple[str, str] = "f16",
         bits: int | str | None = None,
         avg_bits: float | None = None,
         output_bits: int | None = None,
@@ -76,6 +81,10 @@ class Model:
     ) -> None:
         if n_batch < 1:
             raise ValueError(f"n_batch: expected at least 1, found {n_batch}")
+        keys, values = (cache_type, cache_type) if isinstance(cache_type, str) else cache_type
+        for kind in (keys, values):
+            if kind not in CACHE_TYPES:
+                raise ValueError(f"cache_type: expected one of {', '.join(CACHE_TYPES)}, found {kind!r}")
         budget = Budget.requested(bits, avg_bits)
         self.path = Path(path)
         self.seed = seed
@@ -84,16 +93,13 @@ class Model:
             physical_cores() if n_threads is None else n_threads,
             n_batch,
             kernel or os.environ.get("MOBIQUANT_KERNEL") or None,
+            keys,
+            values,
         )
-        self._open_session(
-            NativeModel(
-                self.path,
-                allow_partial=allow_partial,
-                mmap=mmap,
-                device="cpu" if device == "auto" and options.kernel else device,
-            ),
-            options,
-        )
+        if device == "auto" and (options.kernel or {keys, values} != {"f16"}):
+            device = "cpu"  # what the GPU has no part in was asked for
+        native = NativeModel(self.path, allow_partial=allow_partial, mmap=mmap, device=device)
+        self._open_session(native, options)
         try:
             self.budget = budget or Budget(2 * self.info.max_depth, routed=False)
             self.output_bits = output_bits
@@ -131,6 +137,8 @@ class Model:
                 n_threads=options.n_threads,
                 n_batch=options.n_batch,
                 kernel=options.kernel,
+                cache_type_k=options.cache_type_k,
+                cache_type_v=options.cache_type_v,
             )
         except BaseException:
             native.release()
@@ -233,6 +241,11 @@ class Model:
         return self._session.position
 
     @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values that the cache has room for."""
+        return self._session.cache_bytes
+
+    @property
     def stats(self) -> Stats:
         """Sums since the model was opened; subtract two to measure what lies between."""
         return self._session.stats
@@ -296,6 +309,8 @@ class Model:
             if token != cached or not (any_budget or budget == self._budget):
                 break
             count += 1
+        if count < min(self._session.rewind_floor, self.position):  # a sliding window has left what comes before
+            count = 0
         self._rewind(count)
         return count
 

@@ -182,16 +182,38 @@ class NativeModel:
         return tuple(values)
 
 
+# How keys and values are kept, by llama.cpp's names.
+CACHE_TYPES: dict[str, int] = {"f16": lib.MQ_CACHE_F16, "q8_0": lib.MQ_CACHE_Q8_0}
+
+
 class NativeSession:
     """A KV cache with a position and a thread pool; one thread at a time may use it."""
 
-    def __init__(self, model: NativeModel, *, n_ctx: int, n_threads: int, n_batch: int, kernel: str | None) -> None:
+    def __init__(
+        self,
+        model: NativeModel,
+        *,
+        n_ctx: int,
+        n_threads: int,
+        n_batch: int,
+        kernel: str | None,
+        cache_type_k: str = "f16",
+        cache_type_v: str = "f16",
+    ) -> None:
         for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads), ("n_batch", n_batch)):
             if not 0 <= value < 1 << 32:
                 raise MobiQuantError(f"{name}: expected 0 or a positive number, found {value}", "MQ_ERR_ARGUMENT")
         name = ffi.NULL if kernel is None else ffi.new("char[]", kernel.encode())
         options = ffi.new(
-            "mq_session_options *", {"n_ctx": n_ctx, "n_threads": n_threads, "n_batch": n_batch, "kernel": name}
+            "mq_session_options *",
+            {
+                "n_ctx": n_ctx,
+                "n_threads": n_threads,
+                "n_batch": n_batch,
+                "kernel": name,
+                "cache_type_k": CACHE_TYPES[cache_type_k],
+                "cache_type_v": CACHE_TYPES[cache_type_v],
+            },
         )
         handle = ffi.new("mq_session **")
         error = ffi.new("mq_error *")
@@ -288,6 +310,16 @@ class NativeSession:
         lib.mq_session_device_bytes(self._handle, *sizes)
         return DeviceBytes(*(size[0] for size in sizes))
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values it has room for."""
+        return lib.mq_session_cache_bytes(self._handle)
+
+    @property
+    def rewind_floor(self) -> int:
+        """The least position above 0 that `rewind` accepts; 0: every position."""
+        return lib.mq_session_rewind_floor(self._handle)
+
     def rewind(self, position: int) -> None:
         """Forget every position from `position` on."""
         error = ffi.new("mq_error *")
@@ -321,6 +353,13 @@ class NativeSession:
         """Replace the cache by one that `state` gave."""
         error = ffi.new("mq_error *")
         _check(lib.mq_session_state_set(self._handle, ffi.from_buffer("uint8_t[]", state), len(state), error), error)
+
+
+def measure_device_matvec(rows: int, columns: int, depth: int, repeats: int) -> tuple[list[float], int]:
+    """Microseconds per mat-vec on the GPU of weights from memory in each pass, and the bytes one reads."""
+    microseconds, size, error = ffi.new("double[]", repeats), ffi.new("size_t *"), ffi.new("mq_error *")
+    _check(lib.mq_device_measure_matvec(rows, columns, depth, repeats, microseconds, size, error), error)
+    return list(microseconds), size[0]
 
 
 def measure_read(n_threads: int, size: int, repeats: int) -> list[float]:

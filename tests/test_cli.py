@@ -216,6 +216,18 @@ def test_bench_measures_every_case_and_names_its_figures_like_llama_bench(
     assert read["2"] < read["3 avg"] < read["8"]
 
 
+def test_bench_measures_behind_a_context_and_with_an_int8_cache(capfd: pytest.CaptureFixture[str], path: Path) -> None:
+    options = ("-p", 0, "-n", 4, "-d", "0,32", "-t", 1, "-r", 1, "--bits", 2, "-ctk", "q8_0", "-o", "json")
+    status, out, _ = run(capfd, "bench", "-m", path, *options)
+    rows = json.loads(out)
+    assert status == 0
+    assert [(row["test"], row["n_depth"], row["type_k"], row["type_v"]) for row in rows] == [
+        ("tg4", 0, "q8_0", "f16"),
+        ("tg4 @ d32", 32, "q8_0", "f16"),
+    ]
+    expect_error(capfd, "500000 tokens do not fit", "bench", "-m", path, "-d", 500000)
+
+
 def test_bench_refuses_a_bad_budget_or_count(capfd: pytest.CaptureFixture[str], path: Path) -> None:
     expect_error(capfd, "bits: expected 2, 4, 6, 8 or static:X, found '3'", "bench", "-m", path, "--bits", 3)
     expect_error(capfd, "--repetitions: expected at least 1, found 0", "bench", "-m", path, "-r", 0)

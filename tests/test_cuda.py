@@ -1,6 +1,7 @@
 """The GPU gives the bits of plain C: logits, depths, hidden states, greedy tokens, over shapes that fit no tile.
 
-Needs the CUDA library (`make cuda`, or MOBIQUANT_CUDA_LIBRARY) and a GPU that it can use; skipped with the reason without.
+Needs the CUDA library (`make cuda`, or MOBIQUANT_CUDA_LIBRARY) and a GPU that it can use; skipped with the reason
+without.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import pytest
 from tiny import TINY
 
 from export.keys import ROUTER_POINTS
+from export.metadata import metadata_fields
 from export.plan import PlannedTensor, plan_tensors
 from export.shape import ModelShape
 from export.synthetic import SyntheticSource, synthetic_vocabulary
-from export.metadata import metadata_fields
 from export.writer import write_file
 from runtime.commands.report import describe_machine
 from runtime.model import Model
@@ -26,16 +27,21 @@ USABLE, REASON = device_info()
 gpu = pytest.mark.skipif(not USABLE, reason=REASON)
 
 BUDGETS = (2, 4, 6, 8, 2.6, 3.5, 5.2)
+
+
+def shape(
+    context: int, width: int, feed_forward: int, heads: int, heads_kv: int, head_dim: int, **others
+) -> ModelShape:
+    sizes = {"embedding_length": width, "feed_forward_length": feed_forward, "head_dim": head_dim}
+    return replace(TINY, context_length=context, head_count=heads, head_count_kv=heads_kv, **sizes, **others)
+
+
 SHAPES = {
-    "smallest": replace(TINY, context_length=64, embedding_length=16, feed_forward_length=24, head_count=1, head_count_kv=1,
-                        head_dim=2, vocab_size=19, router_hidden=1),
-    "odd": replace(TINY, context_length=700, embedding_length=200, feed_forward_length=333, head_count=6, head_count_kv=2,
-                   head_dim=38, vocab_size=275, block_count=3, router_hidden=5, tied=False),
-    "wide": replace(TINY, context_length=300, embedding_length=1168, feed_forward_length=4500, head_count=9, head_count_kv=9,
-                    head_dim=130, vocab_size=1000, block_count=1, router_hidden=16, output_depth=2, embedding_depth=3),
-    "chunks": replace(TINY, context_length=1200, embedding_length=128, feed_forward_length=256, head_count=4, head_count_kv=1,
-                      head_dim=64),
-}  # fmt: skip
+    "smallest": shape(64, 16, 24, 1, 1, 2, vocab_size=19, router_hidden=1),
+    "odd": shape(400, 200, 333, 6, 2, 38, vocab_size=275, router_hidden=5, tied=False, block_count=3),
+    "wide": shape(90, 1168, 4500, 9, 9, 130, vocab_size=1000, router_hidden=16, output_depth=2, block_count=1),
+    "chunks": shape(800, 128, 256, 4, 1, 64, embedding_depth=3),
+}
 
 
 class OddSource(SyntheticSource):

@@ -226,20 +226,36 @@ def test_rope_gives_the_same_bits(fast, head_dim: int) -> None:
     np.testing.assert_allclose(results[1], expected, rtol=1e-5, atol=1e-6)
 
 
-def attend(table, query: np.ndarray, key: np.ndarray, value: np.ndarray, seen: int, scale: float) -> np.ndarray:
-    """The parts of queries [tokens, heads, head_dim] over one chunk; key, value: f16 [positions, head_dim]."""
+# Keys or values of a chunk: f16 [positions, head_dim], or int8 with the f16 scale of every 32 dimensions.
+Stored = np.ndarray | tuple[np.ndarray, np.ndarray]
+
+
+def attend(
+    table, query: np.ndarray, key: Stored, value: Stored, seen: int, scale: float, window: int = 0
+) -> np.ndarray:
+    """The parts of queries [tokens, heads, head_dim] over one chunk."""
     tokens, heads, head_dim = query.shape
-    padding = ((0, -len(key) % LANES), (0, -head_dim % LANES))
-    columns = np.pad(key, (padding[0], (0, 0))).reshape(-1, LANES, head_dim).transpose(0, 2, 1)
-    operands = guarded(query), guarded(columns), guarded(np.pad(value, ((0, 0), padding[1])))
-    part = guarded(np.zeros((tokens, heads, head_dim + padding[1][1] + LANES), np.float32))
+    padding = -head_dim % LANES
+    stored, operands = ffi.new("mq_stored *"), [guarded(query)]
+    for name, numbers in (("key", key), ("value", value)):
+        if isinstance(numbers, tuple):
+            numbers, scales = numbers
+            operands.append(guarded(blocked(scales) if name == "key" else scales))
+            setattr(stored, f"{name}_scale", pointer(operands[-1], "uint16_t"))
+        operands.append(guarded(blocked(numbers) if name == "key" else np.pad(numbers, ((0, 0), (0, padding)))))
+        setattr(stored, name, pointer(operands[-1], "void"))
+    part = guarded(np.zeros((tokens, heads, head_dim + padding + LANES), np.float32))
     queries = ffi.new("mq_queries *")
     queries.query, queries.tokens, queries.heads = pointer(operands[0], "float"), tokens, heads
     queries.token_stride, queries.head_dim, queries.scale = heads * head_dim, head_dim, scale
-    table.attend(
-        queries, seen, pointer(operands[1], "uint16_t"), pointer(operands[2], "uint16_t"), pointer(part, "float")
-    )
+    queries.window = window
+    table.attend(queries, seen, stored, pointer(part, "float"))
     return part
+
+
+def blocked(rows: np.ndarray) -> np.ndarray:
+    """Keys, or their scales, [positions, n] as attention reads them: [positions / 16, n, 16]."""
+    return np.pad(rows, ((0, -len(rows) % LANES), (0, 0))).reshape(-1, LANES, rows.shape[1]).transpose(0, 2, 1)
 
 
 def softmax_of(part: np.ndarray, head_dim: int) -> np.ndarray:
@@ -269,6 +285,54 @@ def test_attention_gives_the_same_bits_and_each_token_sees_its_past(fast, positi
             past = slice(0, seen + token)
             expected = softmax_reference(query[token], key[past], value[past], 0.125)
             np.testing.assert_allclose(softmax_of(parts[1][token], head_dim), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [36, 64, 128])
+@pytest.mark.parametrize("window", [1, 3, 17, 100, 255])
+def test_attention_in_a_window_sees_its_last_positions_alone(fast, window: int, head_dim: int) -> None:
+    """What has left the window may be anything: in a ring other positions lie there."""
+    rng = np.random.default_rng(window)
+    for positions, behind in ((256, 0), (256, min(window, 9) - 1), (200, 0), (131, 0)):
+        key, value = (rng.normal(size=(positions, head_dim)).astype(np.float16) for _ in range(2))
+        for tokens, heads in ((1, 1), (1, 4), (3, 5), (8, 2), (7, 1)):
+            seen = positions + behind - tokens + 1  # of the first token; the last one's window may begin at the end
+            first = max(0, seen - window)
+            key[:first], value[:first] = np.nan, np.inf
+            query = rng.normal(size=(tokens, heads, head_dim)).astype(np.float32) * 3
+            parts = [attend(table, query, key, value, seen, 0.125, window) for table in (fast, SCALAR)]
+            assert same_bits(*parts)
+            for token in range(tokens):
+                visible = slice(max(0, seen + token - window), min(seen + token, positions))
+                expected = softmax_reference(query[token], key[visible], value[visible], 0.125)
+                np.testing.assert_allclose(softmax_of(parts[1][token], head_dim), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [16, 36, 64, 80, 128])
+@pytest.mark.parametrize("positions", [1, 17, 130, 256])
+def test_attention_over_int8_is_that_over_the_numbers_they_stand_for(fast, positions: int, head_dim: int) -> None:
+    rng = np.random.default_rng(positions)
+    groups = -(-head_dim // 32)
+
+    def stored() -> tuple[np.ndarray, np.ndarray]:
+        codes = rng.integers(-127, 128, (positions, head_dim), np.int8)
+        return codes, rng.uniform(0, 0.02, (positions, groups)).astype(np.float16)
+
+    def plain(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        return codes.astype(np.float32) * np.repeat(scales, 32, 1)[:, :head_dim].astype(np.float32)
+
+    key, value = stored(), stored()
+    half = rng.normal(size=(positions, head_dim)).astype(np.float16)
+    for tokens, heads, window in ((1, 1, 0), (1, 4, 0), (min(positions, 3), 5, 7), (min(positions, 8), 2, 0)):
+        query = rng.normal(size=(tokens, heads, head_dim)).astype(np.float32) * 3
+        seen = positions - tokens + 1
+        for keys, values in ((key, value), (key, half), (half, value)):
+            parts = [attend(table, query, keys, values, seen, 0.125, window) for table in (fast, SCALAR)]
+            assert same_bits(*parts)
+            for token in range(tokens):
+                past = slice(max(0, seen + token - window) if window else 0, seen + token)
+                k, v = (plain(*part) if isinstance(part, tuple) else part for part in (keys, values))
+                expected = softmax_reference(query[token], k[past], v[past], 0.125)
+                np.testing.assert_allclose(softmax_of(parts[1][token], head_dim), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("head_dim", [36, 64])

@@ -5,6 +5,8 @@ The bundled model runs here after a short calibration; `tests/benchmarks/parity.
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,16 @@ import pytest
 pytest.importorskip("torch")
 import torch
 from benchmarks.parity import BUDGETS, compare
+from torch.nn import functional
 
 from export.to_gguf import export_checkpoint
 from mobiquant.arithmetic import ATTENTION_CHUNK, causal_attention
 from mobiquant.calibrate import calibrate
 from mobiquant.config import CalibrationSettings
 from mobiquant.evaluation.scoring import make_windows
+from mobiquant.reference import open_reference
 from mobiquant.source import open_source
+from runtime import Model
 
 DEMO = Path(__file__).parents[1] / "mobiquant" / "demo"
 
@@ -39,6 +44,34 @@ def test_a_model_of_odd_sizes_gives_the_reference_bits_at_every_budget(tiny_chec
     check(tiny_checkpoint, file, windows, 50, BUDGETS)
 
 
+def test_windowed_blocks_give_the_reference_bits(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """One block with a window that ends in the middle of a chunk, one without; rings that wrap."""
+    checkpoint = tmp_path / "windowed"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config |= {"sliding_window": 270, "layer_types": ["sliding_attention", "full_attention"]}
+    config |= {"max_position_embeddings": 2000}
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    file = tmp_path / "windowed.gguf"
+    export_checkpoint(checkpoint, file)
+    tokens = np.random.default_rng(8).integers(2, 320, 600).astype(np.int32)
+    reference = open_reference(checkpoint)
+    with Model(file, n_batch=20, avg_bits=3.0) as model:
+        model.budget.apply(reference)
+        np.testing.assert_array_equal(model.eval(tokens, all_logits=True), reference.logits(tokens))
+        assert model._session.rewind_floor > 0  # the ring of 512 has wrapped
+
+
+def test_an_int8_cache_gives_the_reference_bits(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    export_checkpoint(tiny_checkpoint, file)
+    tokens = np.random.default_rng(8).integers(2, 320, 60).astype(np.int32)
+    reference = open_reference(tiny_checkpoint, cache_type="q8_0")
+    with Model(file, cache_type="q8_0", avg_bits=3.5) as model:
+        model.budget.apply(reference)
+        np.testing.assert_array_equal(model.eval(tokens, all_logits=True), reference.logits(tokens))
+
+
 def test_the_bundled_model_gives_the_reference_bits(tmp_path: Path) -> None:
     source = open_source(str(DEMO / "tale-6m"))
     text = (DEMO / "calibration.txt").read_text(encoding="utf-8")
@@ -55,7 +88,11 @@ def test_attention_of_the_last_tokens_alone_equals_theirs_in_the_whole_text():
     generator = torch.Generator().manual_seed(6)
     positions = 2 * ATTENTION_CHUNK + 37
     query, key, value = (torch.randn(2, positions, 6, generator=generator) for _ in range(3))
-    whole = causal_attention(query, key, value, 0.4)
-    for last in (1, 30, ATTENTION_CHUNK + 3):
-        alone = causal_attention(query[:, -last:], key, value, 0.4)
-        torch.testing.assert_close(alone, whole[:, -last:], rtol=0, atol=0)
+    for window in (0, 1, 40, ATTENTION_CHUNK, ATTENTION_CHUNK + 30):
+        whole = causal_attention(query, key, value, 0.4, window)
+        for last in (1, 30, ATTENTION_CHUNK + 3):
+            alone = causal_attention(query[:, -last:], key, value, 0.4, window)
+            torch.testing.assert_close(alone, whole[:, -last:], rtol=0, atol=0)
+        seen = torch.ones(positions, positions, dtype=torch.bool).tril().triu(1 - (window or positions))
+        expected = functional.scaled_dot_product_attention(query, key, value, seen, scale=0.4)
+        torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)

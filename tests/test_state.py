@@ -17,6 +17,7 @@ from runtime import MobiQuantError, Model
 
 TEXT = "a conversation that goes on tomorrow"
 MORE = [7, 8, 9]
+HEADER = 48  # bytes, of runtime/src/state.c
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_every_cut_and_every_flipped_byte_is_refused(path: Path, model: Model) -
             other.load_state(state + b"\0")
         random = np.random.default_rng(0)
         cache = state.index(b"MQSTATE")
-        for at in random.integers(cache, len(state), 300).tolist() + list(range(cache, cache + 40)):
+        for at in random.integers(cache, len(state), 300).tolist() + list(range(cache, cache + HEADER)):
             altered = bytearray(state)
             altered[at] ^= 1 << int(random.integers(8))
             with pytest.raises(MobiQuantError, match="state: "):
@@ -157,10 +158,11 @@ def test_forged_values_are_refused_under_a_right_checksum(
     model.eval([1, 2, 3])
     state = bytearray(model.save_state())
     cache = state.index(b"MQSTATE")
-    body = state[cache + 40 :]
+    body = state[cache + HEADER :]
     position = at % len(body)
     body[position : position + len(value)] = value
-    state[cache + 32 :] = struct.pack("<Q", checksum(body)) + body
+    state[cache + 32 : cache + 40] = struct.pack("<Q", checksum(body))
+    state[cache + HEADER :] = body
     with Model(path) as other, pytest.raises(MobiQuantError, match=message):
         other.load_state(state)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mobiquant.config import CalibrationSettings, QuantizationConfig
 from mobiquant.data import CalibrationWindows
+from mobiquant.hidden import HiddenStates
 from mobiquant.router import Router
 from mobiquant.slices import SlicedWeight
 from mobiquant.source import Source
@@ -25,12 +26,11 @@ from mobiquant.source import Source
 class ModelTask:
     """What a recipe may look at outside the loop over blocks.
 
-    embedding: float32 [vocab, width]; windows: from a number to that many training windows; folder: for files named
-    recipe-*.safetensors, to go on after an interruption. They are removed when the calibration is done.
+    windows: from a number to that many training windows; folder: for files named recipe-*.safetensors, to go on after
+    an interruption. They are removed when the calibration is done.
     """
 
     source: Source
-    embedding: Tensor
     windows: Callable[[int], CalibrationWindows]
     settings: CalibrationSettings
     device: torch.device
@@ -39,20 +39,20 @@ class ModelTask:
 
 @dataclass(frozen=True)
 class BlockTask:
-    """All that a recipe may look at for one block. Tensors [windows, ...] lie on the CPU.
+    """All that a recipe may look at for one block. Tensors [windows, ...] lie on the CPU, hidden states maybe on disk.
 
-    block: in full precision, on the device, frozen; inputs: float32 [windows, seq_len, width], from the sliced blocks
-    before, each window at its own depth; depths: int [windows], 1..4; targets: float32 [windows, seq_len, width], the
-    full-precision block's output on full-precision inputs; positions: cosines and sines for the block's call;
-    token_cost [7, windows, seq_len] and row_cost [7][rows]: sensitivity of the model to errors of each linear's output
-    (mobiquant.sensitivity); slices: the block's, by name in LINEARS, when the recipe chose them before the loop;
-    advance: to be called once per training step with the name of the stage.
+    block: in full precision, on the device, frozen; inputs: [windows, seq_len, width], from the sliced blocks before,
+    each window at its own depth, behind those of training others; depths: int [windows], 1..4, of training; targets:
+    [windows, seq_len, width], the full-precision block's output on full-precision inputs; positions: cosines and sines
+    for the block's call; token_cost [7, windows, seq_len] and row_cost [7][rows]: sensitivity of the model to errors of
+    each linear's output (mobiquant.sensitivity); slices: the block's, by name in LINEARS, when the recipe chose them
+    before the loop; advance: to be called once per training step with the name of the stage.
     """
 
     block: nn.Module
-    inputs: Tensor
+    inputs: HiddenStates
     depths: Tensor
-    targets: Tensor
+    targets: HiddenStates
     positions: tuple[Tensor, Tensor]
     token_cost: Tensor
     row_cost: list[Tensor]

@@ -20,7 +20,7 @@ from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask
 from mobiquant.recipes.distill import distill, slice_steps
 from mobiquant.recipes.gains import fit_router, measure_gains, set_level
 from mobiquant.recipes.route import train_routers
-from mobiquant.recipes.trained_slice import TrainedSlice, slice_optimizer, train_slice
+from mobiquant.recipes.trained_slice import SliceTraining
 from mobiquant.recipes.whole import fits, tensor_cores
 from mobiquant.router import Router, TrainableRouter
 from mobiquant.slices import SlicedWeight, unslice_weight
@@ -61,13 +61,13 @@ def calibrate_block(task: BlockTask) -> CalibratedBlock:
 
     def run(windows: Tensor, depth: int) -> None:
         for layer in layers.values():
-            layer.depth = depth
+            layer.read(depth)
         task.block(task.inputs[windows].to(task.device), position_embeddings=task.positions)
 
-    examples = measure_gains(task, lambda name, depth: layers[name].weights[depth], run)
+    examples = measure_gains(task, lambda name, depth: layers[name].weight_at(depth), run)
     routers: dict[str, Router] = {}
     for point, names in ROUTER_POINTS.items():
-        columns = layers[names[0]].weights[0].shape[1]
+        columns = layers[names[0]].weight_at(0).shape[1]
         router = TrainableRouter(columns, len(names), task.quantization.router.hidden_size, task.generator)
         fit_router(router.to(task.device), examples[point], task.settings.router_lr, task.generator)
         with torch.no_grad():
@@ -79,15 +79,24 @@ def calibrate_block(task: BlockTask) -> CalibratedBlock:
 
 
 class _FrozenLinear(nn.Module):
-    """A linear at one depth. weights: float32 [rows, columns] at depths 1 to 4, after the original ones at depth 0."""
+    """A linear at one depth at a time: the weights of all would be four more blocks."""
 
     def __init__(self, weight: Tensor, sliced: SlicedWeight):
         super().__init__()
-        self.depth = 1
-        self.weights = [weight, *(unslice_weight(sliced, depth).to(weight.device) for depth in (1, 2, 3, 4))]
+        self._original, self._sliced = weight.detach(), sliced
+        self._depth, self._weight = 0, self._original
+
+    def weight_at(self, depth: int) -> Tensor:
+        """float32 [rows, columns] at depth 1 to 4, the original weight at depth 0."""
+        return unslice_weight(self._sliced, depth).to(self._original.device) if depth else self._original
+
+    def read(self, depth: int) -> None:
+        """Compute at this depth from now on."""
+        if depth != self._depth:
+            self._depth, self._weight = depth, self.weight_at(depth)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weights[self.depth])
+        return functional.linear(x, self._weight)
 
 
 def _block_steps(settings: CalibrationSettings) -> list[int]:
@@ -97,14 +106,14 @@ def _block_steps(settings: CalibrationSettings) -> list[int]:
 def _train_slices(task: BlockTask) -> dict[str, SlicedWeight]:
     """Slice after slice on the windows that came here at its depth; the block is left as it was."""
     originals = {name: task.block.get_submodule(name) for name in LINEARS}
-    layers = {name: TrainedSlice(linear.weight) for name, linear in originals.items()}
-    for name, layer in layers.items():
+    training = SliceTraining()
+    for name, linear in originals.items():
+        layer = training.add(name, linear.weight)
         layer.original = False
         task.block.set_submodule(name, layer)
     batch = max(1, round(task.settings.distill_batch * _BATCH_SHARE))
     for number, count in enumerate(_block_steps(task.settings), start=1):
-        for layer in layers.values():
-            layer.begin(number)
+        training.begin(number)
         own = torch.nonzero(task.depths == number).flatten()
 
         def loss(_: int, own: Tensor = own) -> Tensor:
@@ -117,7 +126,7 @@ def _train_slices(task: BlockTask) -> dict[str, SlicedWeight]:
 
         stage = f"slice {number}/{SLICE_COUNT}"
         with tensor_cores():
-            train_slice(layers, slice_optimizer(layers), range(count), loss, lambda _, stage=stage: task.advance(stage))
+            training.train(training.optimizer(), range(count), loss, lambda _, stage=stage: task.advance(stage))
     for name, linear in originals.items():
         task.block.set_submodule(name, linear)
-    return {name: layer.sliced() for name, layer in layers.items()}
+    return {name: training.sliced(name) for name in originals}

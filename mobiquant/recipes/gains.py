@@ -51,29 +51,30 @@ def measure_gains(
         )
         for point, names in ROUTER_POINTS.items()
     ]
-    errors = {
-        name: [weight_at(name, depth) - weight_at(name, 0) for depth in range(1, SLICE_COUNT + 1)] for name in LINEARS
-    }
-    inputs: dict[str, list[Tensor]] = {point: [] for point in ROUTER_POINTS}
-    gains: dict[str, list[Tensor]] = {point: [] for point in ROUTER_POINTS}
-    for window, depth in enumerate(task.depths.tolist()):
-        run(torch.tensor([window]), depth)
-        chosen = torch.randperm(task.inputs.shape[1], generator=task.generator)[:TOKENS_PER_WINDOW]
-        for point, names in ROUTER_POINTS.items():
-            x = quantize_activations(caught[point][0, chosen.to(task.device)]).dequantized()
-            per_linear = []
-            for name in names:
-                place = LINEARS.index(name)
-                token_cost = task.token_cost[place, window, chosen].to(task.device)
-                row_cost = task.row_cost[place].to(task.device)
-                cost = [0.5 * token_cost * ((x @ error.T).square() @ row_cost) for error in errors[name]]
-                bits = SLICE_BITS * errors[name][0].numel()
-                per_linear.append(torch.stack([(a - b) / bits for a, b in pairwise(cost)], 1))
-            inputs[point].append(x)
-            gains[point].append(torch.stack(per_linear, 1))
+    count = len(task.depths)
+    chosen = [torch.randperm(task.inputs.shape[1], generator=task.generator)[:TOKENS_PER_WINDOW] for _ in range(count)]
+    inputs: dict[str, list[Tensor]] = {point: [torch.empty(0)] * count for point in ROUTER_POINTS}
+    # Depth after depth, so that the weights of one alone are there.
+    for window in torch.argsort(task.depths, stable=True).tolist():
+        run(torch.tensor([window]), int(task.depths[window]))
+        tokens = chosen[window].to(task.device)
+        for point in ROUTER_POINTS:
+            inputs[point][window] = quantize_activations(caught[point][0, tokens]).dequantized()
     for hook in hooks:
         hook.remove()
-    return {point: Examples(torch.cat(inputs[point]), torch.cat(gains[point])) for point in ROUTER_POINTS}
+    gains: dict[str, list[Tensor]] = {point: [] for point in ROUTER_POINTS}
+    for point, names in ROUTER_POINTS.items():
+        for name in names:
+            errors = [weight_at(name, depth) - weight_at(name, 0) for depth in range(1, SLICE_COUNT + 1)]
+            place, bits = LINEARS.index(name), SLICE_BITS * errors[0].numel()
+            row_cost = task.row_cost[place].to(task.device)
+            per_window = []
+            for window, x in enumerate(inputs[point]):
+                token_cost = task.token_cost[place, window, chosen[window]].to(task.device)
+                cost = [0.5 * token_cost * ((x @ error.T).square() @ row_cost) for error in errors]
+                per_window.append(torch.stack([(a - b) / bits for a, b in pairwise(cost)], 1))
+            gains[point].append(torch.cat(per_window))
+    return {point: Examples(torch.cat(inputs[point]), torch.stack(gains[point], 1)) for point in ROUTER_POINTS}
 
 
 def fit_router(router: TrainableRouter, examples: Examples, learning_rate: float, generator: torch.Generator) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache, DynamicLayer
 
 from mobiquant.checkpoint import read_tensors, write_tensors
 from mobiquant.recipes import ModelTask
@@ -20,10 +21,10 @@ from mobiquant.recipes import ModelTask
 _FILE = "recipe-text.safetensors"
 # Tokens of the text that a window of the model's own begins with.
 _PROMPT = 32
-_LARGEST_BATCH = 4096
+_LARGEST_BATCH = 2048
 _REPEATS = 4
-# Share of the device's memory for keys and values; generation copies them at every token.
-_CACHE_SHARE = 0.4
+# Share of the device's memory for keys and values.
+_CACHE_SHARE = 0.25
 
 
 def training_windows(task: ModelTask, count: int) -> np.ndarray:
@@ -52,6 +53,9 @@ def _written(task: ModelTask, prompts: np.ndarray) -> np.ndarray:
                 done.append(_continue(model, prompts[first : first + batch], task, first))
                 _save(path, done)
                 bar.update(len(done[-1]))
+        del model
+        if task.device.type == "cuda":
+            torch.cuda.empty_cache()
     return np.concatenate(done)
 
 
@@ -62,13 +66,35 @@ def _continue(model: nn.Module, prompts: np.ndarray, task: ModelTask, first: int
     if length <= ids.shape[1]:
         return prompts[:, :length]
     model.generation_config.eos_token_id = None  # a window may hold the end of one document and the next
+    cache = Cache(layers=[_RoomyLayer(length) for _ in range(task.source.block_count)])
     with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
         torch.manual_seed(task.settings.seed * 1_000_003 + first)
         written = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
             max_new_tokens=length - ids.shape[1], pad_token_id=0,
+            past_key_values=cache,
         )  # fmt: skip
     return written.cpu().numpy()
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of one block with room for a whole window: the library's own layer copies them all per token."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self._length = length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """[windows, kv heads, new, head_dim] of both -> views of all so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            batch, heads, _, width = key_states.shape
+            self._room = key_states.new_empty(2, batch, heads, self._length, width)
+        start = self.keys.shape[-2] if self.keys.dim() == 4 else 0
+        end = start + key_states.shape[-2]
+        self._room[0, :, :, start:end], self._room[1, :, :, start:end] = key_states, value_states
+        self.keys, self.values = self._room[0, :, :, :end], self._room[1, :, :, :end]
+        return self.keys, self.values
 
 
 def _save(path: Path, done: list[np.ndarray]) -> None:

@@ -172,7 +172,7 @@ class _RoutedModel:
     def loss(self, ids: Tensor, cut: float) -> Tensor:
         """Logarithm of divergence + price · bits; ids: int64 [n, seq_len]. The price of a bit is 2^cut nats."""
         self._pricing.cut, self._pricing.spent = cut, 0.0
-        divergence = self._model.divergence(ids, half=True)
+        divergence = self._model.divergence(ids, torch.bfloat16)
         for shared in self._shared.values():
             shared.forget()
         return (divergence.clamp_min(0) + DIVERGENCE_FLOOR + 2.0**cut * self._pricing.spent.mean()).log()

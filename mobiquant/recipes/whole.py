@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from mobiquant.checkpoint import LINEARS, block_name
 from mobiquant.config import CalibrationSettings
-from mobiquant.models import UnsupportedModelError, linear_shapes
+from mobiquant.models import UnsupportedModelError, hidden_bytes, linear_shapes
 from mobiquant.recipes import ModelTask
 from mobiquant.sensitivity import position_embeddings
 from mobiquant.source import Source
@@ -21,8 +21,6 @@ from mobiquant.source import Source
 _BYTES_PER_WEIGHT = 40
 # Logits of both models, their logarithms and the gradients.
 _BYTES_PER_LOGIT = 32
-# Hidden states that the backward pass needs, per block and unit of its width: about 12, and 6 feed-forwards.
-_BYTES_PER_HIDDEN = 160
 
 
 class WholeModel:
@@ -42,43 +40,42 @@ class WholeModel:
                 self.layers[block_name(index, name)] = layer
                 block.set_submodule(name, layer)
             self._blocks.append(block)
-        self._embedding = task.embedding.to(device)
+        self._embedding = source.embedding().to(device)
         self._norm, self._head = source.final_norm().to(device), source.head().to(device)
         self._positions = position_embeddings(source, task.settings.seq_len, device)
 
-    def divergence(self, ids: Tensor, half: bool) -> Tensor:
+    def divergence(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Mean KL divergence of the predictions from the original model's, nats a token; ids: int64 [n, seq_len].
 
-        half: products in bfloat16 on a GPU.
+        dtype: of the blocks' products on a GPU.
         """
         with torch.no_grad():
-            expected = self._log_probs(ids, half, original=True)
-        found = self._log_probs(ids, half, original=False)
+            expected = self._log_probs(ids, dtype, original=True)
+        found = self._log_probs(ids, dtype, original=False)
         return functional.kl_div(found, expected, reduction="sum", log_target=True) / ids.numel()
 
     @torch.no_grad()
     def run(self, ids: Tensor) -> None:
         """A forward pass, in bfloat16 on a GPU, for what it leaves in the layers."""
-        self._log_probs(ids, half=True, original=False)
+        self._log_probs(ids, torch.bfloat16, original=False)
 
-    def _log_probs(self, ids: Tensor, half: bool, original: bool) -> Tensor:
+    def _log_probs(self, ids: Tensor, dtype: torch.dtype, original: bool) -> Tensor:
         for layer in self.layers.values():
             layer.original = original
         hidden = functional.embedding(ids, self._embedding)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=half and ids.is_cuda):
+        with torch.autocast(ids.device.type, dtype, enabled=ids.is_cuda):
             for block in self._blocks:
                 hidden = block(hidden, position_embeddings=self._positions)
-            logits = functional.linear(self._norm(hidden), self._head)
-        return logits.float().log_softmax(-1)
+        # In float32: a rounded logit would be an error of its own, of the size of the deepest slices'.
+        return functional.linear(self._norm(hidden), self._head).log_softmax(-1)
 
 
 def fits(source: Source, settings: CalibrationSettings, device: torch.device) -> bool:
     """Whether the device can train a slice of the whole model at once."""
     config, tokens = source.config, settings.distill_batch * settings.seq_len
     weights = source.block_count * sum(rows * columns for rows, columns in linear_shapes(config).values())
-    widths = source.block_count * (2 * config.hidden_size + config.intermediate_size) // 2
     needed = weights * _BYTES_PER_WEIGHT
-    needed += tokens * (config.vocab_size * _BYTES_PER_LOGIT + widths * _BYTES_PER_HIDDEN)
+    needed += tokens * (config.vocab_size * _BYTES_PER_LOGIT + source.block_count * hidden_bytes(config))
     if device.type == "cuda":
         return needed < torch.cuda.get_device_properties(device).total_memory
     return needed < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

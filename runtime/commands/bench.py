@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import statistics
 import time
@@ -38,15 +39,19 @@ class Row:
     kernel: str
     n_threads: int
     bits: str
+    type_k: str
+    type_v: str
     n_prompt: int
     n_gen: int
+    n_depth: int
     samples_ts: list[float] = field(default_factory=list)
     bandwidths: list[float] = field(default_factory=list)  # GB/s, one beside each sample
     bytes_per_token: float = 0.0
 
     @property
     def test(self) -> str:
-        return f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        return f"{name} @ d{self.n_depth}" if self.n_depth else name
 
     @property
     def gb_per_s(self) -> float:
@@ -73,12 +78,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `bench` measures: every combination. output_bits: of the head; None: as the budget, the file's default when
-    routed or static."""
+    """What `bench` measures: every combination.
+
+    depths: tokens in the cache before. cache_types: of keys, of values. output_bits: of the head; None: as the budget,
+    the file's default when routed or static.
+    """
 
     prompts: Sequence[int]
     generations: Sequence[int]
+    depths: Sequence[int]
     threads: Sequence[int]
+    cache_types: tuple[str, str]
     budgets: Sequence[Budget]
     output_bits: int | None
     repetitions: int
@@ -88,9 +98,18 @@ class Plan:
 def bench_file(path: Path, plan: Plan, progress: Callable[[str], None]) -> list[Row]:
     """Measure a file. Raises MobiQuantError for a bad file or option."""
     model = NativeModel(path, allow_partial=False, mmap=True)
-    context = min(model.info().context_length, max(*plan.prompts, *plan.generations, 1))
+    context = min(model.info().context_length, max(plan.depths) + max(*plan.prompts, *plan.generations, 1))
+    keys, values = plan.cache_types
     sessions = {
-        threads: NativeSession(model, n_ctx=context, n_threads=threads, n_batch=_BATCH, kernel=plan.kernel)
+        threads: NativeSession(
+            model,
+            n_ctx=context,
+            n_threads=threads,
+            n_batch=_BATCH,
+            kernel=plan.kernel,
+            cache_type_k=keys,
+            cache_type_v=values,
+        )
         for threads in plan.threads
     }
     size = model.info().file_bytes
@@ -98,8 +117,10 @@ def bench_file(path: Path, plan: Plan, progress: Callable[[str], None]) -> list[
     for threads, session in sessions.items():
         for budget in plan.budgets:
             name = f"{budget.bits:g}{' avg' if budget.routed else ' static' if budget.static else ''}"
-            for pair in [(n, 0) for n in plan.prompts if n] + [(0, n) for n in plan.generations if n]:
-                cases.append((Row(path.stem, size, "CPU", session.kernel, threads, name, *pair), budget))
+            lengths = [(n, 0) for n in plan.prompts if n] + [(0, n) for n in plan.generations if n]
+            for depth, pair in itertools.product(plan.depths, lengths):
+                row = Row(path.stem, size, "CPU", session.kernel, threads, name, keys, values, *pair, depth)
+                cases.append((row, budget))
     for repetition in range(plan.repetitions + 1):
         read = {threads: READ_BYTES / min(measure_read(threads, READ_BYTES, 3)) / 1e9 for threads in plan.threads}
         for row, budget in cases:
@@ -112,13 +133,17 @@ def bench_file(path: Path, plan: Plan, progress: Callable[[str], None]) -> list[
 
 
 def _run(session: NativeSession, row: Row, budget: Budget, output_bits: int | None) -> float:
-    """Tokens per second of one run from an empty cache; notes the bytes read per token."""
+    """Tokens per second of one run after n_depth tokens; notes the bytes read per token."""
     budget.apply(session)
     default = 0 if budget.routed or budget.static else budget.depth
     session.set_output_depth(default if output_bits is None else output_bits // 2)
-    session.rewind(0)
     tokens = np.random.default_rng(0).integers(0, 256, max(row.n_prompt, row.n_gen)).astype(np.int32)
     logits = np.empty((1, session.vocab_size), np.float32)
+    # What is in the cache stays there for the next run: its tokens cost the same at every budget.
+    kept = row.n_depth if session.rewind_floor <= row.n_depth <= session.position else 0
+    session.rewind(kept)
+    if kept < row.n_depth:
+        session.eval(np.resize(tokens, row.n_depth), logits[:0])
     before, start = session.stats, time.perf_counter()
     if row.n_prompt:
         session.eval(tokens, logits)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runtime.budget import DEPTH_BITS
 from runtime.commands.converse import add_chat
-from runtime.commands.options import one_line_errors
+from runtime.commands.options import add_cache_options, one_line_errors
 from runtime.commands.run import add_run
 from runtime.commands.serve import add_serve
 
@@ -37,6 +37,8 @@ def _add_bench(subparsers: argparse._SubParsersAction) -> None:
     what.add_argument("--kernels", action="store_true", help="measure single linears instead of a file")
     bench.add_argument("-p", "--n-prompt", type=_numbers, default=[512], metavar="N,..", help="prompts (512); 0: none")
     bench.add_argument("-n", "--n-gen", type=_numbers, default=[128], metavar="N,..", help="answers (128); 0: none")
+    bench.add_argument("-d", "--n-depth", type=_numbers, default=[0], metavar="N,..", help="tokens before it (0)")
+    add_cache_options(bench)
     bench.add_argument("-t", "--threads", type=_numbers, default=None, metavar="N,..", help="threads (physical cores)")
     bench.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="repetitions (%(default)s)")
     bench.add_argument(
@@ -73,7 +75,17 @@ def bench_command(args: argparse.Namespace) -> int:
         return 0
     budgets = [Budget.of(bits) for bits in args.bits.split(",") if bits != "0"]
     budgets += [Budget(bits, routed=True) for bits in args.avg_bits]
-    plan = Plan(args.n_prompt, args.n_gen, threads, budgets, args.output_bits, args.repetitions, kernel)
+    plan = Plan(
+        prompts=args.n_prompt,
+        generations=args.n_gen,
+        depths=args.n_depth,
+        threads=threads,
+        cache_types=(args.cache_type_k, args.cache_type_v),
+        budgets=budgets,
+        output_bits=args.output_bits,
+        repetitions=args.repetitions,
+        kernel=kernel,
+    )
     show = _rewritten_line()
     rows = bench_file(args.model, plan, show)
     show("")

@@ -70,6 +70,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens computed together (%(default)s)"
     )
+    add_cache_options(group)
     group.add_argument("--kernel", help="kernels to use, see `mobiquant info`; also $MOBIQUANT_KERNEL")
     group.add_argument(
         "--device",
@@ -95,6 +96,14 @@ def device_option(args: argparse.Namespace) -> str:
     return args.device or asked or "auto"
 
 
+def add_cache_options(group: argparse._ActionsContainer) -> None:
+    """How keys and values are kept: llama.cpp's flags."""
+    for flags, which in (("-ctk --cache-type-k", "keys"), ("-ctv --cache-type-v", "values")):
+        group.add_argument(
+            *flags.split(), choices=("f16", "q8_0"), default="f16", help=f"of {which} in the cache (f16)"
+        )
+
+
 def open_model(args: argparse.Namespace) -> Model:
     """The model that the flags of `add_model_options` ask for."""
     from runtime.model import Model
@@ -112,6 +121,7 @@ def open_model(args: argparse.Namespace) -> Model:
             n_threads=args.threads,
             n_batch=args.batch_size,
             kernel=args.kernel,
+            cache_type=(args.cache_type_k, args.cache_type_v),
             bits=args.bits,
             avg_bits=args.avg_bits,
             output_bits=args.output_bits,

@@ -28,6 +28,7 @@ typedef enum mq_status {
     MQ_ERR_CONTEXT_FULL, /* the tokens do not fit in the context that is left */
     MQ_ERR_THREAD,       /* a thread could not be started */
     MQ_ERR_BUSY,         /* the session is in use by another thread */
+    MQ_ERR_FORGOTTEN,    /* a rewind to where a sliding window has left the cache */
     MQ_ERR_DEVICE        /* a GPU was asked for and cannot be used, or failed */
 } mq_status;
 
@@ -61,11 +62,18 @@ typedef struct mq_model_info {
     uint64_t routed_weights; /* weights of the routed linears, padding not counted */
 } mq_model_info;
 
+/* How keys and values are kept. */
+typedef enum mq_cache_type {
+    MQ_CACHE_F16 = 0,
+    MQ_CACHE_Q8_0 /* int8 with an f16 scale for every 32 dimensions of a head: 8.5 bits a number */
+} mq_cache_type;
+
 typedef struct mq_session_options {
     uint32_t n_ctx;     /* positions in the KV cache; 0: the model's context length */
     uint32_t n_threads; /* 0: 1 */
     uint32_t n_batch;   /* tokens computed together in prefill; 0: 512 */
     const char *kernel; /* "scalar", "avx2", ...; NULL: the best this CPU has */
+    mq_cache_type cache_type_k, cache_type_v;
 } mq_session_options;
 
 /* Sums over the session's life; the caller takes differences. */
@@ -90,6 +98,10 @@ typedef struct mq_device_info {
     char text[512];
 } mq_device_info;
 void mq_device_describe(mq_device_info *info);
+/* Microseconds per mat-vec of one rows x columns linear at `depth` on the GPU, in each of `repeats` passes over random copies that
+ * its caches cannot hold. *bytes: what one reads. */
+mq_status mq_device_measure_matvec(uint32_t rows, uint32_t columns, uint32_t depth, uint32_t repeats, double *microseconds,
+                                   size_t *bytes, mq_error *error);
 
 mq_status mq_model_open(const char *path, const mq_model_options *options, mq_model **model, mq_error *error);
 void mq_model_close(mq_model *model); /* NULL is allowed; every session of it must be closed before */
@@ -128,8 +140,13 @@ mq_status mq_session_eval(mq_session *session, const int32_t *tokens, size_t n, 
 mq_status mq_session_greedy(mq_session *session, int32_t token, size_t n, int32_t *chosen, float *milliseconds, mq_error *error);
 uint32_t mq_session_position(const mq_session *session);
 uint32_t mq_session_context(const mq_session *session); /* n_ctx */
-/* Forget every position from `position` on. */
+size_t mq_session_cache_bytes(const mq_session *session); /* of keys and values */
+/* Forget every position from `position` on. A model with a sliding window keeps the window and a batch of past positions in
+ * the blocks that have it: MQ_ERR_FORGOTTEN for a position above 0 and below mq_session_rewind_floor. */
 mq_status mq_session_rewind(mq_session *session, uint32_t position, mq_error *error);
+/* The least position above 0 that mq_session_rewind accepts; 0: every position. At least n_batch tokens can be taken back, after
+ * mq_session_state_set one. */
+uint32_t mq_session_rewind_floor(const mq_session *session);
 void mq_session_get_stats(const mq_session *session, mq_stats *stats);
 /* Depths that tokens at positions first..first+n-1 read: uint8 [n][block_count][7], linears in the order q, k, v, output,
  * gate, up, down. */
@@ -145,7 +162,7 @@ size_t mq_session_state_size(const mq_session *session);
 /* Writes exactly mq_session_state_size bytes; `size` is what `data` can hold. */
 mq_status mq_session_state_get(mq_session *session, uint8_t *data, size_t size, mq_error *error);
 /* Checks everything before it changes anything: MQ_ERR_FORMAT for bytes that are no state or were altered, MQ_ERR_ARGUMENT for a
- * state of another model file, MQ_ERR_CONTEXT_FULL when n_ctx is too small for it. */
+ * state of another model file or of other cache types, MQ_ERR_CONTEXT_FULL when n_ctx is too small for it. */
 mq_status mq_session_state_set(mq_session *session, const uint8_t *data, size_t size, mq_error *error);
 /* cffi: end */
 

@@ -1,6 +1,7 @@
 // cuda.cu: the optional CUDA library: its table of functions (src/cuda.h), what it says about the GPU, and copies of a cache.
 // The kernels are in kernels/cuda. Built by `make cuda`, opened by src/device.c.
 #include "cuda/forward.cuh"
+#include "cuda/measure.cuh"
 
 #include <stdlib.h>
 
@@ -47,6 +48,12 @@ static size_t most_shared(const mq_model *model)
 static const char *refuses(const mq_model *model)
 {
     int most = 0;
+    if (model->hparams.sliding_window != 0) {
+        return "it has sliding windows, which the CUDA library does not have";
+    }
+    if (model->hparams.head_dim > mq::MAX_HEAD_DIM) {
+        return "its heads have more than 256 dimensions";
+    }
     if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) != cudaSuccess
         || most_shared(model) > static_cast<size_t>(most)) {
         return "its linears are wider than this GPU's shared memory holds";
@@ -56,9 +63,22 @@ static const char *refuses(const mq_model *model)
 
 static int32_t open_checked(const mq_model *model, mq_cuda_model **out, mq_cuda_message *message)
 {
-    *out = nullptr;
-    const cudaError_t error = allow_shared(prepare, most_shared(model));
-    return error == cudaSuccess ? open_model(model, out, message) : fail(message, "preparing kernels", error);
+    const uint32_t dim = model->hparams.head_dim;
+    int32_t failed = open_model(model, out, message);
+    if (failed == 0) {
+        cudaError_t error = allow_shared(prepare, most_shared(model));
+        error = error == cudaSuccess ? allow_shared(matvec_one<SOME_WARPS>, sizeof(one_shared<SOME_WARPS>)) : error;
+        error = error == cudaSuccess ? allow_shared(matvec_one<MANY_WARPS>, sizeof(one_shared<MANY_WARPS>)) : error;
+        error = error != cudaSuccess    ? error
+                : (*out)->staged ? allow_shared(attend_one<true>, attend_bytes(dim, true))
+                                 : allow_shared(attend_one<false>, attend_bytes(dim, false));
+        if (error != cudaSuccess) {
+            close_model(*out);
+            *out = nullptr;
+            failed = fail(message, "preparing kernels", error);
+        }
+    }
+    return failed;
 }
 
 static void memory_of(const mq_cuda_session *s, mq_cuda_memory *memory)
@@ -127,7 +147,7 @@ static int32_t copy_cache(mq_cuda_session *s, uint32_t position, uint8_t *out, c
 
 static const mq_cuda_api API = {
     describe,   refuses, open_checked, close_model, open_session, close_session,
-    memory_of, set_budget, forward,     greedy,      copy_cache,
+    memory_of, set_budget, forward,     greedy,      copy_cache,     measure_matvec,
 };
 
 extern "C" __attribute__((visibility("default"))) const mq_cuda_api *mq_cuda_open(uint32_t abi, size_t model_size)

@@ -47,6 +47,14 @@ static inline v16 v_load_f16(const uint16_t *x) { EACH(vcvt_f32_f16(vreinterpret
 
 #undef EACH
 
+static inline v16 v_load_i8(const int8_t *x)
+{
+    const int8x16_t bytes = vld1q_s8(x);
+    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
+    return (v16){{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
+                  vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
+}
+
 static inline void v_store(float *x, v16 v)
 {
     for (int i = 0; i < QUARTERS; i++) {

@@ -164,28 +164,49 @@ static void rope(float *head, const float *cosine, const float *sine, size_t hea
     }
 }
 
-static void attend_one(const mq_queries *queries, const float *query, size_t seen, const uint16_t *key, const uint16_t *value,
+/* Dimension i of a stored position. */
+static float key_at(const mq_stored *stored, size_t dim, size_t position, size_t i)
+{
+    const size_t block = position / LANES, at = (block * dim + i) * LANES + position % LANES;
+    if (stored->key_scale == NULL) {
+        return mq_f16_to_f32(((const uint16_t *)stored->key)[at]);
+    }
+    const uint16_t *scale = stored->key_scale + (block * mq_cache_groups(dim) + i / MQ_CACHE_GROUP) * LANES;
+    return (float)((const int8_t *)stored->key)[at] * mq_f16_to_f32(scale[position % LANES]);
+}
+
+static float value_at(const mq_stored *stored, size_t dim, size_t position, size_t i)
+{
+    const size_t at = position * mq_padded_dim(dim) + i;
+    if (stored->value_scale == NULL) {
+        return mq_f16_to_f32(((const uint16_t *)stored->value)[at]);
+    }
+    const uint16_t *scale = stored->value_scale + position * mq_cache_groups(dim);
+    return (float)((const int8_t *)stored->value)[at] * mq_f16_to_f32(scale[i / MQ_CACHE_GROUP]);
+}
+
+/* Over positions from .. seen − 1 of the chunk. */
+static void attend_one(const mq_queries *queries, const float *query, size_t from, size_t seen, const mq_stored *stored,
                        float *part)
 {
     const size_t dim = queries->head_dim, padded = mq_padded_dim(dim);
     float weight[MQ_ATTENTION_CHUNK], lanes[LANES] = {0}, largest = -INFINITY;
-    for (size_t p = 0; p < seen; p++) {
-        const uint16_t *k = key + p / LANES * LANES * dim + p % LANES;
+    for (size_t p = from; p < seen; p++) {
         float dot = 0.0f;
         for (size_t i = 0; i < dim; i++) {
-            dot = fmaf(query[i], mq_f16_to_f32(k[i * LANES]), dot);
+            dot = fmaf(query[i], key_at(stored, dim, p, i), dot);
         }
         weight[p] = dot * queries->scale;
         largest = weight[p] > largest ? weight[p] : largest;
     }
-    for (size_t p = 0; p < seen; p++) {
+    for (size_t p = from; p < seen; p++) {
         weight[p] = exponential(weight[p] - largest);
         lanes[p % LANES] += weight[p];
     }
     for (size_t i = 0; i < padded; i++) {
         float sum = 0.0f;
-        for (size_t p = 0; p < seen; p++) {
-            sum = fmaf(weight[p], mq_f16_to_f32(value[p * padded + i]), sum);
+        for (size_t p = from; p < seen; p++) {
+            sum = fmaf(weight[p], value_at(stored, dim, p, i), sum);
         }
         part[i] = sum;
     }
@@ -193,13 +214,13 @@ static void attend_one(const mq_queries *queries, const float *query, size_t see
     part[padded + MQ_PART_LARGEST] = largest;
 }
 
-static void attend(const mq_queries *queries, size_t seen, const uint16_t *key, const uint16_t *value, float *part)
+static void attend(const mq_queries *queries, size_t seen, const mq_stored *stored, float *part)
 {
     for (size_t t = 0; t < queries->tokens; t++) {
-        const size_t positions = seen + t < MQ_ATTENTION_CHUNK ? seen + t : MQ_ATTENTION_CHUNK;
+        const size_t from = mq_seen_from(queries, seen + t), positions = mq_seen_to(seen + t);
         for (size_t h = 0; h < queries->heads; h++) {
             const float *query = queries->query + t * queries->token_stride + h * queries->head_dim;
-            attend_one(queries, query, positions, key, value, part);
+            attend_one(queries, query, from, positions, stored, part);
             part += mq_part_floats(queries->head_dim);
         }
     }

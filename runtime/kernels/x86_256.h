@@ -71,6 +71,12 @@ static inline v16 v_load_f16(const uint16_t *x)
                  _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(x + 8)))};
 }
 
+static inline v16 v_load_i8(const int8_t *x)
+{
+    return (v16){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)x))),
+                 _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(x + 8))))};
+}
+
 static inline void v_store_f16(uint16_t *x, v16 v)
 {
     _mm_storeu_si128((__m128i *)(void *)x, _mm256_cvtps_ph(v.low, _MM_FROUND_TO_NEAREST_INT));

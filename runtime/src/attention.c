@@ -16,8 +16,9 @@ enum { CHUNKS_PER_ITEM = 4 };
 typedef struct attention {
     mq_session *session;
     const mq_hparams *hparams;
-    size_t first_head; /* of the block, in the cache */
-    size_t n, end;     /* tokens; positions once they are in the cache */
+    const mq_cache *cache; /* of the block */
+    size_t window;         /* of the block; 0: none */
+    size_t n, end;         /* tokens; positions once they are in the cache */
 } attention;
 
 static size_t smaller(size_t a, size_t b)
@@ -41,15 +42,9 @@ static void store_item(void *argument, size_t item, uint32_t thread)
             s->kernels->rope(s->batch.q + (token * hp->head_count + h) * dim, cosine, sine, dim);
         }
         for (size_t h = 0; h < hp->head_count_kv; h++) {
-            float *key = s->batch.k + (token * hp->head_count_kv + h) * dim;
-            uint16_t half[MQ_MAX_HEAD_DIM], *column = mq_cache_key(&s->cache, a->first_head + h, position);
-            s->kernels->rope(key, cosine, sine, dim);
-            s->kernels->to_f16(key, half, dim);
-            for (size_t i = 0; i < dim; i++) {
-                column[i * MQ_KEY_POSITIONS] = half[i];
-            }
-            const float *value = s->batch.v + (token * hp->head_count_kv + h) * dim;
-            s->kernels->to_f16(value, mq_cache_values(&s->cache, a->first_head + h, position), dim);
+            const size_t at = (token * hp->head_count_kv + h) * dim;
+            s->kernels->rope(s->batch.k + at, cosine, sine, dim);
+            mq_cache_put(a->cache, s->kernels, h, position, s->batch.k + at, s->batch.v + at);
         }
     }
 }
@@ -61,17 +56,21 @@ static mq_queries queries_of(const attention *a, size_t head, size_t first, size
     const size_t shared = hp->head_count / hp->head_count_kv, stride = (size_t)hp->head_count * hp->head_dim;
     return (mq_queries){.query = a->session->batch.q + first * stride + head * shared * hp->head_dim, .tokens = count,
                         .token_stride = stride, .heads = shared, .head_dim = hp->head_dim,
-                        .scale = a->session->attention_scale};
+                        .scale = a->session->attention_scale, .window = a->window};
+}
+
+/* The first position that a token at `position` sees. */
+static size_t oldest_seen(const attention *a, size_t position)
+{
+    return a->window != 0 && position + 1 > a->window ? position + 1 - a->window : 0;
 }
 
 /* `seen`: positions up to and with that of the queries' first token. */
 static void attend_chunk(const attention *a, size_t head, const mq_queries *queries, size_t chunk, size_t seen, float *part)
 {
     const size_t begin = chunk * MQ_ATTENTION_CHUNK;
-    const mq_cache *cache = &a->session->cache;
-    a->session->kernels->attend(queries, smaller(seen - begin, MQ_ATTENTION_CHUNK),
-                                mq_cache_keys(cache, a->first_head + head, begin),
-                                mq_cache_values(cache, a->first_head + head, begin), part);
+    const mq_stored stored = mq_cache_at(a->cache, head, begin);
+    a->session->kernels->attend(queries, seen - begin, &stored, part);
 }
 
 static void finish(const float *part, size_t dim, float *out)
@@ -91,15 +90,25 @@ static void attend_tokens(void *argument, size_t item, uint32_t thread)
     const size_t head = item / blocks, first = item % blocks * MQ_ATTENTION_TOKENS;
     const size_t count = smaller(a->n - first, MQ_ATTENTION_TOKENS), position = s->position + first;
     const mq_queries all = queries_of(a, head, first, count);
-    const size_t floats = mq_part_floats(all.head_dim);
+    const size_t floats = mq_part_floats(all.head_dim), lowest = oldest_seen(a, position) / MQ_ATTENTION_CHUNK;
     float *parts = s->scratch[thread].parts, *next = s->scratch[thread].next;
-    attend_chunk(a, head, &all, 0, position + 1, parts);
-    for (size_t chunk = 1; chunk * MQ_ATTENTION_CHUNK < position + count; chunk++) {
-        const size_t begin = chunk * MQ_ATTENTION_CHUNK, blind = begin > position ? begin - position : 0; /* tokens */
-        const mq_queries seeing = queries_of(a, head, first + blind, count - blind);
-        attend_chunk(a, head, &seeing, chunk, position + blind + 1, next);
-        for (size_t i = 0; i < seeing.tokens * seeing.heads; i++) {
-            s->kernels->join(parts + (blind * all.heads + i) * floats, next + i * floats, all.head_dim);
+    for (size_t chunk = lowest; chunk * MQ_ATTENTION_CHUNK < position + count; chunk++) {
+        /* Tokens from `blind` on stand in the chunk or behind it; of those from `past` on the window does not reach back to it. */
+        const size_t begin = chunk * MQ_ATTENTION_CHUNK, blind = begin > position ? begin - position : 0;
+        size_t past = count;
+        while (oldest_seen(a, position + past - 1) >= begin + MQ_ATTENTION_CHUNK) {
+            past--;
+        }
+        const mq_queries seeing = queries_of(a, head, first + blind, past - blind);
+        float *into = chunk == lowest ? parts : next; /* nobody's blind there */
+        attend_chunk(a, head, &seeing, chunk, position + blind + 1, into);
+        for (size_t i = 0; i < seeing.tokens * seeing.heads && into == next; i++) {
+            float *part = parts + (blind * all.heads + i) * floats;
+            if (oldest_seen(a, position + blind + i / all.heads) >= begin) { /* the token's first chunk */
+                memcpy(part, next + i * floats, floats * sizeof *part);
+            } else {
+                s->kernels->join(part, next + i * floats, all.head_dim);
+            }
         }
     }
     float *out = s->batch.attended + (all.query - s->batch.q);
@@ -108,12 +117,18 @@ static void attend_tokens(void *argument, size_t item, uint32_t thread)
     }
 }
 
-static size_t chunks_of(const attention *a)
+/* Of one token: its first chunk, and how many it sees something of. */
+static size_t lowest_chunk(const attention *a)
 {
-    return (a->end + MQ_ATTENTION_CHUNK - 1) / MQ_ATTENTION_CHUNK;
+    return oldest_seen(a, a->end - 1) / MQ_ATTENTION_CHUNK;
 }
 
-/* Of one token, parts [kv head][chunk][query head]. */
+static size_t chunks_of(const attention *a)
+{
+    return (a->end + MQ_ATTENTION_CHUNK - 1) / MQ_ATTENTION_CHUNK - lowest_chunk(a);
+}
+
+/* Of one token, parts [kv head][chunk that it sees][query head]. */
 static float *part_at(const attention *a, size_t head, size_t chunk)
 {
     const mq_hparams *hp = a->hparams;
@@ -130,7 +145,7 @@ static void attend_chunks(void *argument, size_t item, uint32_t thread)
     const size_t first = item % spans * CHUNKS_PER_ITEM, last = smaller(first + CHUNKS_PER_ITEM, chunks_of(a));
     const mq_queries queries = queries_of(a, head, 0, 1);
     for (size_t chunk = first; chunk < last; chunk++) {
-        attend_chunk(a, head, &queries, chunk, a->end, part_at(a, head, chunk));
+        attend_chunk(a, head, &queries, lowest_chunk(a) + chunk, a->end, part_at(a, head, chunk));
     }
 }
 
@@ -151,8 +166,8 @@ static void join_chunks(const attention *a, size_t head)
 void mq_attention_run(mq_session *session, uint32_t block, uint32_t n)
 {
     const mq_hparams *hp = &session->model->hparams;
-    attention a = {.session = session, .hparams = hp, .first_head = (size_t)block * hp->head_count_kv, .n = n,
-                   .end = (size_t)session->position + n};
+    attention a = {.session = session, .hparams = hp, .cache = &session->caches[block],
+                   .window = session->model->blocks[block].window, .n = n, .end = (size_t)session->position + n};
     const size_t heads = hp->head_count_kv;
     mq_pool_run(session->pool, store_item, &a, (a.end - 1) / MQ_KEY_POSITIONS - session->position / MQ_KEY_POSITIONS + 1);
     if (n > 1) {

@@ -69,6 +69,10 @@ typedef struct mq_cuda_api {
     /* Keys, then values, of the positions before `position`, f16 [block][kv head][position][head_dim]: to `out`, or, when it is
      * NULL, from `in`. */
     int32_t (*copy_cache)(mq_cuda_session *session, uint32_t position, uint8_t *out, const uint8_t *in, mq_cuda_message *message);
+    /* Microseconds per mat-vec of a rows x columns linear at `depth`, in each of `repeats` passes over so many random copies that
+     * the second-level cache holds none of them. *bytes: what one reads. */
+    int32_t (*measure_matvec)(uint32_t rows, uint32_t columns, uint32_t depth, uint32_t repeats, double *microseconds, size_t *bytes,
+                              mq_cuda_message *message);
 } mq_cuda_api;
 
 /* The library's one symbol: NULL when it was built from another tree. */

@@ -24,6 +24,9 @@
  * out among threads. On prompts of 4,096 tokens 128 is 3 % slower, and 512 2 % faster but harder to share out. */
 #define MQ_ATTENTION_CHUNK 256
 
+/* Of an int8 cache: dimensions of a head that share a scale. */
+#define MQ_CACHE_GROUP 32
+
 /* s_D = s · 4^(1−D), exact in float32. */
 static inline float mq_depth_factor(unsigned depth)
 {

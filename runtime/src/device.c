@@ -74,6 +74,22 @@ void mq_device_describe(mq_device_info *info)
     }
 }
 
+mq_status mq_device_measure_matvec(uint32_t rows, uint32_t columns, uint32_t depth, uint32_t repeats, double *microseconds,
+                                   size_t *bytes, mq_error *error)
+{
+    mq_cuda_device device;
+    mq_cuda_message message = {{0}};
+    if (rows < 1 || columns < 1 || depth < 1 || depth > MQ_SLICE_COUNT || repeats < 1) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "shape %" PRIu32 " x %" PRIu32 ", depth %" PRIu32 ": expected positive sizes and a depth "
+                       "of 1 to %d", rows, columns, depth, MQ_SLICE_COUNT);
+    }
+    const mq_cuda_api *api = open_library(&device, &message);
+    if (api == NULL || api->measure_matvec(rows, columns, depth, repeats, microseconds, bytes, &message) != 0) {
+        return mq_fail(error, MQ_ERR_DEVICE, "%s", message.text);
+    }
+    return MQ_OK;
+}
+
 /* Why this model does not run on the GPU, in `message`; 0 when it does. */
 static int32_t try_device(mq_model *model, mq_cuda_message *message)
 {
@@ -144,9 +160,15 @@ mq_status mq_device_session_open(mq_session *session, mq_error *error)
                                              .attention_scale = session->attention_scale, .cosine = session->cosine,
                                              .sine = session->sine};
     mq_cuda_message message = {{0}};
+    if (session->key_type != MQ_CACHE_F16 || session->value_type != MQ_CACHE_F16) {
+        return mq_fail(error, MQ_ERR_UNSUPPORTED, "cache type: expected f16 on a GPU, found q8_0");
+    }
     if (device->api->session_open(device->model, &options, &session->device, &message) != 0) {
         return device_error(session, error, &message);
     }
+    mq_cuda_memory memory;
+    device->api->memory(session->device, &memory);
+    session->cache_bytes = memory.cache;
     return MQ_OK;
 }
 

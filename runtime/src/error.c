@@ -31,6 +31,7 @@ const char *mq_status_name(mq_status status)
     case MQ_ERR_THREAD: return "MQ_ERR_THREAD";
     case MQ_ERR_BUSY: return "MQ_ERR_BUSY";
     case MQ_ERR_DEVICE: return "MQ_ERR_DEVICE";
+    case MQ_ERR_FORGOTTEN: return "MQ_ERR_FORGOTTEN";
     }
     return "unknown status";
 }

@@ -77,6 +77,25 @@ static mq_status check_relations(const gguf_file *file, const mq_hparams *hparam
     return MQ_OK;
 }
 
+mq_status mq_hparams_of_block(const gguf_file *file, const char *name, const mq_hparams *hparams, uint32_t block, uint32_t high,
+                              uint32_t *value, mq_error *error)
+{
+    const gguf_key *key = gguf_find_key(file, name);
+    if (key == NULL) {
+        return MQ_OK;
+    }
+    if (!key->is_array || key->type != GGUF_U32 || key->count != hparams->block_count) {
+        return mq_fail(error, MQ_ERR_FORMAT, "%s: key '%s': expected an array of %" PRIu32 " u32, found %" PRIu64 " of type %"
+                       PRIu32, file->path, name, hparams->block_count, key->count, key->type);
+    }
+    memcpy(value, key->value + block * sizeof *value, sizeof *value);
+    if (*value > high) {
+        return mq_fail(error, MQ_ERR_UNSUPPORTED, "%s: key '%s': expected 0 to %" PRIu32 ", found %" PRIu32 " for block %" PRIu32,
+                       file->path, name, high, *value, block);
+    }
+    return MQ_OK;
+}
+
 mq_status mq_hparams_read(const gguf_file *file, mq_hparams *hparams, mq_error *error)
 {
     *hparams = (mq_hparams){0};
@@ -106,6 +125,9 @@ mq_status mq_hparams_read(const gguf_file *file, mq_hparams *hparams, mq_error *
     }
     if (status == MQ_OK) {
         status = gguf_f32(file, MQ_KEY_RMS_EPSILON, &hparams->rms_epsilon, error);
+    }
+    if (status == MQ_OK && gguf_find_key(file, MQ_KEY_SLIDING_WINDOW) != NULL) {
+        status = gguf_u32(file, MQ_KEY_SLIDING_WINDOW, &hparams->sliding_window, error);
     }
     if (status == MQ_OK) {
         status = check_relations(file, hparams, error);

@@ -8,6 +8,8 @@
 #ifndef MQ_KERNELS_H
 #define MQ_KERNELS_H
 
+#include "definition.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -32,7 +34,17 @@ typedef struct mq_queries {
     const float *query;
     size_t tokens, token_stride, heads, head_dim;
     float scale; /* of the scores */
+    size_t window; /* positions that a token sees, its own counted; 0: all */
 } mq_queries;
+
+/* Keys and values of one chunk of positions. With scales they are int8 of groups of MQ_CACHE_GROUP dimensions (groups =
+ * ceil(head_dim / MQ_CACHE_GROUP)), a number is code · scale, which float32 holds exactly; without, they are f16. */
+typedef struct mq_stored {
+    const void *key;             /* [positions / 16][head_dim][16] */
+    const void *value;           /* [positions][head_dim padded to 16, with 0] */
+    const uint16_t *key_scale;   /* f16 [positions / 16][groups][16], or NULL */
+    const uint16_t *value_scale; /* f16 [positions][groups], or NULL */
+} mq_stored;
 
 typedef struct mq_kernels {
     const char *name;
@@ -51,11 +63,11 @@ typedef struct mq_kernels {
     void (*rmsnorm)(const float *x, const float *weight, size_t n, float eps, float *y);
     /* Rotate halves of one head in place: cosine and sine [head_dim/2]. */
     void (*rope)(float *head, const float *cosine, const float *sine, size_t head_dim);
-    /* Softmax attention over one chunk of positions, of which token t sees the first min(seen + t, MQ_ATTENTION_CHUNK);
-     * seen is at least 1. key: f16 [positions / 16][head_dim][16], value: f16 [positions][head_dim padded to 16, with 0].
+    /* Softmax attention over one chunk of MQ_ATTENTION_CHUNK positions. Token t stands seen + t − 1 positions behind the chunk's
+     * first and sees those up to its own, or with a window the last `window` of them: at least one in the chunk.
      * part [tokens][heads][mq_part_floats(head_dim)]: the values' sum, each times its weight exp(score − largest score), then
      * the sum of the weights and the largest score. */
-    void (*attend)(const mq_queries *queries, size_t seen, const uint16_t *key, const uint16_t *value, float *part);
+    void (*attend)(const mq_queries *queries, size_t seen, const mq_stored *stored, float *part);
     /* One query: `part` becomes what it and the part of the next chunk are together. */
     void (*join)(float *part, const float *next, size_t head_dim);
     /* gate = silu(gate) · up */
@@ -72,12 +84,31 @@ const mq_kernels *mq_kernels_at(size_t index);
 const mq_kernels *mq_kernels_find(const char *name);
 /* cffi: end */
 
+enum { MQ_MAX_HEAD_DIM = 1024 };
+
 /* Floats of one query's part: whole registers, then one more that starts with MQ_PART_TOTAL and MQ_PART_LARGEST. */
 enum { MQ_PART_TOTAL = 0, MQ_PART_LARGEST = 1, MQ_PART_TAIL = 16 };
+
+/* Of a chunk, whose first position stands seen − 1 before the token: the first position that the token sees, and the one after
+ * the last. */
+static inline size_t mq_seen_from(const mq_queries *queries, size_t seen)
+{
+    return queries->window != 0 && seen > queries->window ? seen - queries->window : 0;
+}
+
+static inline size_t mq_seen_to(size_t seen)
+{
+    return seen < MQ_ATTENTION_CHUNK ? seen : MQ_ATTENTION_CHUNK;
+}
 
 static inline size_t mq_padded_dim(size_t head_dim)
 {
     return (head_dim + 15) / 16 * 16;
+}
+
+static inline size_t mq_cache_groups(size_t head_dim)
+{
+    return (head_dim + MQ_CACHE_GROUP - 1) / MQ_CACHE_GROUP;
 }
 
 static inline size_t mq_part_floats(size_t head_dim)

@@ -27,6 +27,8 @@
 #define MQ_KEY_HEAD_COUNT_KV "mobiquant.attention.head_count_kv"
 #define MQ_KEY_HEAD_DIM "mobiquant.attention.key_length"
 #define MQ_KEY_RMS_EPSILON "mobiquant.attention.layer_norm_rms_epsilon"
+#define MQ_KEY_SLIDING_WINDOW "mobiquant.attention.sliding_window"
+#define MQ_KEY_SLIDING_WINDOW_PATTERN "mobiquant.attention.sliding_window_pattern"
 #define MQ_KEY_SLICE_COUNT "mobiquant.slice.count"
 #define MQ_KEY_SLICE_BITS "mobiquant.slice.bits"
 #define MQ_KEY_GROUP_SIZE "mobiquant.slice.group_size"

@@ -134,8 +134,13 @@ static mq_status bind_block(binder *b, uint32_t index, mq_block *block)
     const uint32_t rows[MQ_LINEARS] = {q_width, kv_width, kv_width, width, ff, ff, width};
     const uint32_t columns[MQ_LINEARS] = {width, width, width, q_width, width, width, ff};
     char name[NAME_SIZE];
-    (void)snprintf(name, sizeof name, "blk.%" PRIu32 "." MQ_TENSOR_ATTN_NORM, index);
-    mq_status status = bind_f32(b, name, width, &block->attn_norm);
+    uint32_t windowed = 1;
+    mq_status status = mq_hparams_of_block(&b->model->file, MQ_KEY_SLIDING_WINDOW_PATTERN, hp, index, 1, &windowed, b->error);
+    block->window = windowed ? hp->sliding_window : 0;
+    if (status == MQ_OK) {
+        (void)snprintf(name, sizeof name, "blk.%" PRIu32 "." MQ_TENSOR_ATTN_NORM, index);
+        status = bind_f32(b, name, width, &block->attn_norm);
+    }
     if (status == MQ_OK) {
         (void)snprintf(name, sizeof name, "blk.%" PRIu32 "." MQ_TENSOR_FFN_NORM, index);
         status = bind_f32(b, name, width, &block->ffn_norm);

@@ -21,6 +21,7 @@ typedef struct mq_router {
 
 typedef struct mq_block {
     const float *attn_norm, *ffn_norm;  /* [embedding_length] */
+    uint32_t window;                    /* positions that a token sees, its own counted; 0: all */
     mq_matrix linear[MQ_LINEARS];       /* order of MQ_LINEAR_NAMES */
     mq_router router[MQ_ROUTERS];       /* order of MQ_ROUTER_NAMES */
 } mq_block;

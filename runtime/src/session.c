@@ -17,7 +17,7 @@
 #define MQ_VERSION "unversioned"
 #endif
 
-enum { DEFAULT_BATCH = 512, MAX_ALLOCATIONS = 32 };
+enum { DEFAULT_BATCH = 512, MAX_ALLOCATIONS = 40 };
 
 const char *mq_version(void)
 {
@@ -71,17 +71,51 @@ static int32_t allocate_batch(mq_session *session)
     return failed;
 }
 
+/* Keys or values of every block, `width` numbers a slot; each block gets its part. */
+static int32_t allocate_side(mq_session *session, mq_cache_type type, size_t slots, size_t width, size_t offset)
+{
+    const mq_hparams *hp = &session->model->hparams;
+    const size_t bytes = mq_cache_number_bytes(type), groups = type == MQ_CACHE_Q8_0 ? mq_cache_groups(hp->head_dim) : 0;
+    int32_t failed = 0;
+    uint8_t *numbers = own(session, product(slots, hp->head_count_kv, width), bytes, &failed);
+    uint16_t *scales = groups > 0 ? own(session, product(slots, hp->head_count_kv, groups), sizeof *scales, &failed) : NULL;
+    for (uint32_t i = 0; i < hp->block_count && !failed; i++) {
+        const size_t rows = session->caches[i].slots * hp->head_count_kv;
+        const mq_side side = {numbers, scales};
+        memcpy((char *)&session->caches[i] + offset, &side, sizeof side);
+        numbers += rows * width * bytes;
+        scales = groups > 0 ? scales + rows * groups : NULL;
+        session->cache_bytes += rows * (width * bytes + groups * sizeof *scales);
+    }
+    return failed;
+}
+
+static int32_t allocate_caches(mq_session *session)
+{
+    const mq_model *model = session->model;
+    const mq_hparams *hp = &model->hparams;
+    const size_t dim = hp->head_dim;
+    int32_t failed = 0;
+    size_t slots = 0; /* of all blocks: at most 1024 blocks of 2^32 positions */
+    session->caches = own(session, hp->block_count, sizeof *session->caches, &failed);
+    for (uint32_t i = 0; i < hp->block_count && !failed; i++) {
+        session->caches[i].slots = mq_cache_slots(model->blocks[i].window, session->n_ctx, session->n_batch);
+        session->caches[i].head_dim = dim;
+        slots += session->caches[i].slots;
+    }
+    if (model->device != NULL) { /* keys and values are there */
+        return failed;
+    }
+    failed = failed || allocate_side(session, session->key_type, slots, dim, offsetof(mq_cache, keys));
+    return failed || allocate_side(session, session->value_type, slots, mq_padded_dim(dim), offsetof(mq_cache, values));
+}
+
 /* What a GPU has its own of: cache, batch and scratch. */
 static int32_t allocate_cpu(mq_session *session, uint32_t n_threads)
 {
     const mq_hparams *hp = &session->model->hparams;
     const size_t ctx = session->n_ctx;
     int32_t failed = allocate_batch(session);
-    const size_t positions = ctx + (MQ_KEY_POSITIONS - ctx % MQ_KEY_POSITIONS) % MQ_KEY_POSITIONS;
-    const size_t rows = product(hp->block_count, hp->head_count_kv, positions);
-    session->cache = (mq_cache){.keys = own(session, product(rows, hp->head_dim, 1), sizeof(uint16_t), &failed),
-                                .values = own(session, product(rows, mq_padded_dim(hp->head_dim), 1), sizeof(uint16_t), &failed),
-                                .positions = positions, .head_dim = hp->head_dim};
     session->scratch = own(session, n_threads, sizeof(mq_scratch), &failed);
     const size_t part = mq_part_floats(hp->head_dim), shared = hp->head_count / hp->head_count_kv;
     const size_t floats = product(MQ_ATTENTION_TOKENS, shared, part); /* whole cache lines, so that no line is shared */
@@ -99,7 +133,7 @@ static int32_t allocate(mq_session *session, uint32_t n_threads)
 {
     const mq_hparams *hp = &session->model->hparams;
     const size_t ctx = session->n_ctx, half = hp->head_dim / 2;
-    int32_t failed = 0;
+    int32_t failed = allocate_caches(session);
     session->cosine = own(session, product(ctx, half, 1), sizeof(float), &failed);
     session->sine = own(session, product(ctx, half, 1), sizeof(float), &failed);
     session->depths = own(session, product(ctx, hp->block_count, MQ_LINEARS), sizeof(uint8_t), &failed);
@@ -135,6 +169,12 @@ static mq_status check_options(const mq_model *model, const mq_session_options *
     }
     session->n_batch = options->n_batch == 0 ? DEFAULT_BATCH : options->n_batch;
     session->n_batch = session->n_batch < session->n_ctx ? session->n_batch : session->n_ctx;
+    session->key_type = options->cache_type_k;
+    session->value_type = options->cache_type_v;
+    if (session->key_type > MQ_CACHE_Q8_0 || session->value_type > MQ_CACHE_Q8_0) {
+        return mq_fail(error, MQ_ERR_ARGUMENT, "cache type: expected %d (f16) or %d (q8_0), found %d for keys and %d for values",
+                       MQ_CACHE_F16, MQ_CACHE_Q8_0, (int)session->key_type, (int)session->value_type);
+    }
     session->kernels = mq_kernels_find(options->kernel);
     if (session->kernels == NULL) {
         return mq_fail(error, MQ_ERR_ARGUMENT, "kernel: '%s' is unknown or not supported by this CPU", options->kernel);
@@ -256,6 +296,18 @@ static mq_status check_tokens(const mq_session *session, const int32_t *tokens, 
     return MQ_OK;
 }
 
+/* Positions before this one are no longer in every ring, now that the ones before session->position are written. What a rewind
+ * let go stays lost: a ring's slots are those of the furthest position that it ever held. */
+static uint32_t forgotten(const mq_session *session)
+{
+    size_t oldest = session->oldest;
+    for (uint32_t i = 0; i < session->model->hparams.block_count; i++) {
+        const size_t slots = session->caches[i].slots;
+        oldest = session->position > oldest + slots ? session->position - slots : oldest;
+    }
+    return (uint32_t)oldest;
+}
+
 /* Of the last n_output tokens: rows of logits, or, with `hidden`, of hidden states. */
 static mq_status evaluate(mq_session *session, const int32_t *tokens, size_t n, float *output, size_t n_output, bool hidden,
                           mq_error *error)
@@ -285,6 +337,7 @@ static mq_status evaluate(mq_session *session, const int32_t *tokens, size_t n, 
         output = here > 0 ? output + here * row : output;
         n_output -= here;
         session->position += status == MQ_OK ? count : 0;
+        session->oldest = forgotten(session);
         done += count;
     }
     session->position = status == MQ_OK ? session->position : before;
@@ -350,6 +403,7 @@ mq_status mq_session_greedy(mq_session *session, int32_t token, size_t n, int32_
         float here = 0.0f;
         status = greedy_step(session, done == 0 ? token : chosen[done - 1], count, logits, chosen + done, &here, error);
         session->position += status == MQ_OK ? count : 0;
+        session->oldest = forgotten(session);
         total += here;
         done += count;
     }
@@ -372,6 +426,17 @@ uint32_t mq_session_context(const mq_session *session)
     return session->n_ctx;
 }
 
+size_t mq_session_cache_bytes(const mq_session *session)
+{
+    return session->cache_bytes;
+}
+
+uint32_t mq_session_rewind_floor(const mq_session *session)
+{
+    const uint32_t window = session->model->hparams.sliding_window;
+    return session->oldest == 0 ? 0 : session->oldest + window - 1; /* its token sees from `oldest` on */
+}
+
 mq_status mq_session_rewind(mq_session *session, uint32_t position, mq_error *error)
 {
     mq_status status = mq_session_acquire(session, error);
@@ -381,8 +446,13 @@ mq_status mq_session_rewind(mq_session *session, uint32_t position, mq_error *er
     if (position > session->position) {
         status = mq_fail(error, MQ_ERR_ARGUMENT, "position: expected at most %" PRIu32 ", found %" PRIu32, session->position,
                          position);
+    } else if (position != 0 && position != session->position && position < mq_session_rewind_floor(session)) {
+        status = mq_fail(error, MQ_ERR_FORGOTTEN, "position: expected 0, or at least %" PRIu32 ": of those before, the cache no longer "
+                         "holds the sliding window of %" PRIu32 " positions; found %" PRIu32, mq_session_rewind_floor(session),
+                         session->model->hparams.sliding_window, position);
     } else {
         session->position = position;
+        session->oldest = position == 0 ? 0 : session->oldest;
         session->stretch_end = 0;
     }
     mq_session_release(session);

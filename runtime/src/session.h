@@ -42,7 +42,10 @@ struct mq_session {
     uint8_t *table;        /* [block][7] depth of every linear of an unrouted budget */
     float *thresholds;     /* [block][7][3] of the present stretch */
     float *asked_at;       /* [n_ctx] asked_bits of every position */
-    mq_cache cache;
+    mq_cache *caches;      /* [block] */
+    mq_cache_type key_type, value_type;
+    size_t cache_bytes;    /* of their keys and values */
+    uint32_t oldest;       /* position from which on rings hold everything; 0 without a window */
     float *cosine, *sine;  /* [n_ctx][head_dim / 2] */
     uint8_t *depths;       /* [n_ctx][block][7] */
     mq_batch batch;

@@ -197,17 +197,33 @@ static void check_vectors(const mq_kernels *ours, const mq_kernels *scalar, floa
     }
 }
 
-/* Tokens that see up to `seen` positions of a chunk, and their parts joined to one another's. */
-static void check_attention(const mq_kernels *ours, const mq_kernels *scalar, size_t seen, size_t tokens)
+static int8_t *random_bytes(size_t n)
 {
-    enum { HEADS = 3, DIM = 36, PADDED = 48, PART = PADDED + MQ_PART_TAIL };
+    int8_t *x = guarded(n);
+    for (size_t i = 0; i < n; i++) {
+        x[i] = (int8_t)random_bits();
+    }
+    return x;
+}
+
+/* Tokens that see up to `seen` positions of a chunk, and their parts joined to one another's. */
+static void check_attention(const mq_kernels *ours, const mq_kernels *scalar, size_t seen, size_t tokens, size_t window,
+                            bool int8)
+{
+    enum { HEADS = 3, DIM = 36, PADDED = 48, GROUPS = 2, PART = PADDED + MQ_PART_TAIL };
     const size_t first = seen > tokens ? seen - tokens + 1 : 1, positions = (first + tokens - 1 + 15) / 16 * 16;
-    const mq_queries queries = {random_floats(tokens * HEADS * DIM, 4.0f), tokens, HEADS * DIM, HEADS, DIM, 0.3f};
-    const uint16_t *key = random_halves(positions * DIM, false), *value = random_halves((first + tokens - 1) * PADDED, false);
+    const mq_queries queries = {random_floats(tokens * HEADS * DIM, 4.0f), tokens, HEADS * DIM, HEADS, DIM, 0.3f,
+                                window};
+    const size_t count = first + tokens - 1;
+    mq_stored stored = {.key = random_halves(positions * DIM, false), .value = random_halves(count * PADDED, false)};
+    if (int8) {
+        stored = (mq_stored){random_bytes(positions * DIM), random_bytes(count * PADDED), random_halves(positions * GROUPS, true),
+                             random_halves(count * GROUPS, true)};
+    }
     const size_t bytes = tokens * HEADS * PART * sizeof(float);
     float *part[2] = {guarded(bytes), guarded(bytes)};
     for (int i = 0; i < 2; i++) {
-        (i == 0 ? ours : scalar)->attend(&queries, first, key, value, part[i]);
+        (i == 0 ? ours : scalar)->attend(&queries, first, &stored, part[i]);
     }
     expect_same(ours->name, "attend", seen, 0, part[0], part[1], bytes);
     for (int i = 0; i < 2; i++) {
@@ -228,7 +244,10 @@ static void check_table(const mq_kernels *ours, const mq_kernels *scalar)
         float *x = random_floats(sizes[i], 9.0f);
         memcpy(x, extremes, sizes[i] * sizeof *x < sizeof extremes ? sizes[i] * sizeof *x : sizeof extremes);
         check_vectors(ours, scalar, x, sizes[i]);
-        check_attention(ours, scalar, sizes[i] < 256 ? sizes[i] : 256, sizes[i] % 9 + 1);
+        for (int int8 = 0; int8 < 2; int8++) {
+            check_attention(ours, scalar, sizes[i] < 256 ? sizes[i] : 256, sizes[i] % 9 + 1, 0, int8 != 0);
+            check_attention(ours, scalar, sizes[i] < 256 ? sizes[i] : 256, sizes[i] % 9 + 1, sizes[i] % 23 + 1, int8 != 0);
+        }
         x[sizes[i] / 2] = NAN;
         check_quantize(ours, scalar, x, sizes[i]);
         x[sizes[i] / 2] = -INFINITY;

@@ -1,5 +1,6 @@
-// attention.cuh: rotation of queries and keys, the KV cache, and attention in the chunks and the order of kernels/scalar.c. Of one
-// token every chunk is a block of threads and the parts are joined after it; of more tokens a block walks the chunks of one head.
+// attention.cuh: rotation of queries and keys, the KV cache, and attention of one token in the chunks and the order of
+// kernels/scalar.c. A block of threads has one chunk and up to four query heads that share a kv head, so that every key and value is
+// read once for them; the block of a head that ends last joins the chunks.
 //
 // Cache of one block of the model: keys f16 [kv head][positions / 16][head_dim][16], values f16 [kv head][positions][head_dim
 // padded to 16].
@@ -9,12 +10,12 @@
 #include "arithmetic.cuh"
 #include "control.cuh"
 #include "kernels.h"
+#include "tensor.cuh"
 
-enum { ATTEND_THREADS = MQ_ATTENTION_CHUNK, STORE_THREADS = 256, KEY_POSITIONS = 16 };
+enum { ATTEND_THREADS = MQ_ATTENTION_CHUNK, ATTEND_HEADS = 4, STORE_THREADS = 256, KEY_POSITIONS = 16 };
 
 struct attention_job {
-    float *q;                // [n][heads·dim], rotated in place
-    float *k;                // [n][heads_kv·dim], likewise
+    float *q, *k;            // [n][heads·dim], [n][heads_kv·dim] before rotation
     const float *v;          // [n][heads_kv·dim]
     uint16_t *keys, *values; // of the block of the model
     size_t positions;        // of the cache, a multiple of 16
@@ -22,6 +23,7 @@ struct attention_job {
     uint32_t heads, heads_kv, dim;
     float scale;
     float *parts;            // of one token: [head][chunks][mq_part_floats(dim)]
+    uint32_t *arrived;       // [heads]
     uint32_t chunks;         // that `parts` has room for
     float *out;              // [n][heads·dim]
     const control *state;
@@ -37,183 +39,262 @@ __host__ __device__ inline uint32_t part_floats(uint32_t dim)
     return padded_dim(dim) + MQ_PART_TAIL;
 }
 
-__device__ inline void rotate(float *head, const float *cosine, const float *sine, uint32_t half, uint32_t i)
+// Elements i and half + i of a head.
+__device__ inline float2 rotated(const float *head, const float *cosine, const float *sine, uint32_t half, uint32_t i)
 {
     const float a = head[i], b = head[half + i];
-    head[i] = fmaf(a, cosine[i], -(b * sine[i]));
-    head[half + i] = fmaf(b, cosine[i], a * sine[i]);
+    return make_float2(fmaf(a, cosine[i], -(b * sine[i])), fmaf(b, cosine[i], a * sine[i]));
 }
 
-// One block of threads per token.
+// The key and value of one kv head at one position, from one token's k (before rotation) and v; with `column`, there too.
+__device__ inline void store_position(const attention_job &job, uint32_t head, size_t position, const float *k, const float *v,
+                                      uint16_t *column_too = nullptr, uint16_t *row_too = nullptr)
+{
+    const uint32_t half = job.dim / 2, padded = padded_dim(job.dim);
+    const float *cosine = job.cosine + position * half, *sine = job.sine + position * half;
+    uint16_t *column = job.keys + (head * job.positions + position / KEY_POSITIONS * KEY_POSITIONS) * job.dim
+                       + position % KEY_POSITIONS;
+    uint16_t *row = job.values + (head * job.positions + position) * padded;
+    for (uint32_t i = threadIdx.x; i < half; i += blockDim.x) {
+        const float2 pair = rotated(k, cosine, sine, half, i);
+        const uint16_t first = f32_to_f16(pair.x), second = f32_to_f16(pair.y);
+        column[i * KEY_POSITIONS] = first;
+        column[(half + i) * KEY_POSITIONS] = second;
+        if (column_too != nullptr) {
+            column_too[i * KEY_POSITIONS] = first;
+            column_too[(half + i) * KEY_POSITIONS] = second;
+        }
+    }
+    for (uint32_t i = threadIdx.x; i < padded; i += blockDim.x) {
+        const uint16_t number = i < job.dim ? f32_to_f16(v[i]) : 0;
+        row[i] = number;
+        if (row_too != nullptr) {
+            row_too[i] = number;
+        }
+    }
+}
+
+// Of several tokens, grid (heads + heads_kv, n): queries are rotated in place, keys and values go to the cache.
 static __global__ void __launch_bounds__(STORE_THREADS) rotate_and_store(const __grid_constant__ attention_job job)
 {
-    const uint32_t token = blockIdx.x, half = job.dim / 2, padded = padded_dim(job.dim);
+    const uint32_t token = blockIdx.y, half = job.dim / 2;
     pdl_launch();
     pdl_wait();
     const size_t position = job.state->position + token;
-    const float *cosine = job.cosine + position * half, *sine = job.sine + position * half;
-    float *q = job.q + static_cast<size_t>(token) * job.heads * job.dim;
-    float *k = job.k + static_cast<size_t>(token) * job.heads_kv * job.dim;
-    const float *v = job.v + static_cast<size_t>(token) * job.heads_kv * job.dim;
-    for (uint32_t i = threadIdx.x; i < job.heads * half; i += STORE_THREADS) {
-        rotate(q + i / half * job.dim, cosine, sine, half, i % half);
+    if (blockIdx.x >= job.heads) {
+        const uint32_t head = blockIdx.x - job.heads;
+        const size_t at = (static_cast<size_t>(token) * job.heads_kv + head) * job.dim;
+        store_position(job, head, position, job.k + at, job.v + at);
+        return;
     }
-    for (uint32_t i = threadIdx.x; i < job.heads_kv * half; i += STORE_THREADS) {
-        const uint32_t head = i / half, at = i % half;
-        rotate(k + head * job.dim, cosine, sine, half, at);
-        uint16_t *column = job.keys + (head * job.positions + position / KEY_POSITIONS * KEY_POSITIONS) * job.dim
-                           + position % KEY_POSITIONS;
-        column[at * KEY_POSITIONS] = f32_to_f16(k[head * job.dim + at]);
-        column[(half + at) * KEY_POSITIONS] = f32_to_f16(k[head * job.dim + half + at]);
-    }
-    for (uint32_t i = threadIdx.x; i < job.heads_kv * job.dim; i += STORE_THREADS) {
-        job.values[(i / job.dim * job.positions + position) * padded + i % job.dim] = f32_to_f16(v[i]);
+    float *q = job.q + (static_cast<size_t>(token) * job.heads + blockIdx.x) * job.dim;
+    for (uint32_t i = threadIdx.x; i < half; i += STORE_THREADS) {
+        const float2 pair = rotated(q, job.cosine + position * half, job.sine + position * half, half, i);
+        q[i] = pair.x;
+        q[half + i] = pair.y;
     }
 }
 
-__device__ inline float largest_of_block(float value)
+// Shared memory of attend_one: queries [dim][ATTEND_HEADS], weights [chunk][ATTEND_HEADS], parts [ATTEND_HEADS][part], and when
+// they are staged the keys and values of the chunk.
+struct attend_shared {
+    float *query, *weight, *part;
+    uint16_t *keys, *values;
+};
+
+// Numbers from one key block of 16 positions to the next; staged ones lie apart so that two of them share no bank.
+__host__ __device__ inline uint32_t key_stride(uint32_t dim, bool staged)
 {
-    __shared__ float of_warp[ATTEND_THREADS / WARP];
-    value = largest_of_warp(value);
-    if (threadIdx.x % WARP == 0) {
-        of_warp[threadIdx.x / WARP] = value;
-    }
-    __syncthreads();
-    for (uint32_t i = 0; i < ATTEND_THREADS / WARP; i++) {
-        value = fmaxf(value, of_warp[i]);
-    }
-    return value;
+    return KEY_POSITIONS * dim + (staged ? KEY_POSITIONS : 0);
 }
 
-// The part of one chunk, of whose positions `seen` are seen, for one query. Thread p scores position p, then thread i sums up
-// dimension i. query, weight and part lie in shared memory.
-__device__ inline void attend_chunk(const attention_job &job, const float *query, uint32_t seen, const uint16_t *key,
-                                    const uint16_t *value, float *weight, float *part)
+__host__ __device__ inline size_t attend_bytes(uint32_t dim, bool staged)
 {
-    const uint32_t dim = job.dim, padded = padded_dim(dim), p = threadIdx.x;
-    float score = -INFINITY;
+    const size_t floats = static_cast<size_t>(ATTEND_HEADS) * (dim + MQ_ATTENTION_CHUNK + part_floats(dim));
+    const size_t halves = static_cast<size_t>(MQ_ATTENTION_CHUNK / KEY_POSITIONS) * key_stride(dim, true)
+                          + static_cast<size_t>(MQ_ATTENTION_CHUNK) * padded_dim(dim);
+    return sizeof(float) * floats + (staged ? sizeof(uint16_t) * halves : 0);
+}
+
+// Copies the first `count` positions of a chunk to shared memory; they are there after copy_wait<0>() and a barrier.
+__device__ inline void stage(const attention_job &job, const attend_shared &s, uint32_t count, const uint16_t *key, const uint16_t *value)
+{
+    enum { PIECE = 8 }; // numbers copied at once
+    const uint32_t dim = job.dim, of_block = KEY_POSITIONS * dim / PIECE, blocks = (count + KEY_POSITIONS - 1) / KEY_POSITIONS;
+    for (uint32_t i = threadIdx.x; i < blocks * of_block; i += ATTEND_THREADS) {
+        copy_async<16>(s.keys + i / of_block * key_stride(dim, true) + i % of_block * PIECE, key + static_cast<size_t>(i) * PIECE, true);
+    }
+    for (uint32_t i = threadIdx.x; i < count * padded_dim(dim) / PIECE; i += ATTEND_THREADS) {
+        copy_async<16>(s.values + i * PIECE, value + static_cast<size_t>(i) * PIECE, true);
+    }
+    copy_commit();
+}
+
+// Thread p scores position p for every query, then the block turns scores into weights: exp(score − largest).
+__device__ inline void weigh_positions(const attention_job &job, const attend_shared &s, uint32_t seen, const uint16_t *key, uint32_t stride)
+{
+    __shared__ float of_warp[ATTEND_THREADS / WARP][ATTEND_HEADS];
+    const uint32_t dim = job.dim, p = threadIdx.x, padded = padded_dim(dim);
+    float score[ATTEND_HEADS], largest[ATTEND_HEADS];
+    for (uint32_t h = 0; h < ATTEND_HEADS; h++) {
+        score[h] = 0.0f;
+    }
     if (p < seen) {
-        const uint16_t *k = key + static_cast<size_t>(p / KEY_POSITIONS) * KEY_POSITIONS * dim + p % KEY_POSITIONS;
-        float dot = 0.0f;
+        const uint16_t *k = key + static_cast<size_t>(p / KEY_POSITIONS) * stride + p % KEY_POSITIONS;
 #pragma unroll 16
         for (uint32_t i = 0; i < dim; i++) {
-            dot = fmaf(query[i], f16_to_f32(k[i * KEY_POSITIONS]), dot);
+            const float element = f16_to_f32(k[i * KEY_POSITIONS]);
+            const float4 query = *reinterpret_cast<const float4 *>(s.query + i * ATTEND_HEADS);
+            score[0] = fmaf(query.x, element, score[0]);
+            score[1] = fmaf(query.y, element, score[1]);
+            score[2] = fmaf(query.z, element, score[2]);
+            score[3] = fmaf(query.w, element, score[3]);
         }
-        score = dot * job.scale;
     }
-    const float largest = largest_of_block(score);
-    if (p < seen) {
-        weight[p] = exponential(score - largest);
+    for (uint32_t h = 0; h < ATTEND_HEADS; h++) {
+        score[h] = p < seen ? score[h] * job.scale : -INFINITY;
+        largest[h] = largest_of_warp(score[h]);
+        if (p % WARP == 0) {
+            of_warp[p / WARP][h] = largest[h];
+        }
     }
     __syncthreads();
-    for (uint32_t i = p; i < padded; i += ATTEND_THREADS) {
-        float sum = 0.0f;
-#pragma unroll 16
-        for (uint32_t t = 0; t < seen; t++) {
-            sum = fmaf(weight[t], f16_to_f32(value[static_cast<size_t>(t) * padded + i]), sum);
+    for (uint32_t h = 0; h < ATTEND_HEADS; h++) {
+        for (uint32_t w = 0; w < ATTEND_THREADS / WARP; w++) {
+            largest[h] = fmaxf(largest[h], of_warp[w][h]);
         }
-        part[i] = sum;
+        if (p < seen) {
+            s.weight[p * ATTEND_HEADS + h] = exponential(score[h] - largest[h]);
+        }
+        if (p == 0) {
+            s.part[h * part_floats(dim) + padded + MQ_PART_LARGEST] = largest[h];
+        }
     }
-    if (p >= ATTEND_THREADS - WARP) { // the last warp: the sum of the weights in 16 lanes
-        const uint32_t lane = p % WARP;
+    __syncthreads();
+}
+
+// Items (two of the queries, one dimension): the weighted sum of values. Then the sums of the weights, in 16 lanes each.
+__device__ inline void sum_values(const attention_job &job, const attend_shared &s, uint32_t seen, const uint16_t *value)
+{
+    enum { AT_ONCE = 16 };
+    const uint32_t dim = job.dim, padded = padded_dim(dim), floats = part_floats(dim);
+    for (uint32_t item = threadIdx.x; item < 2 * padded; item += ATTEND_THREADS) {
+        const uint32_t i = item % padded, h = item / padded * 2;
+        float first = 0.0f, second = 0.0f;
+        for (uint32_t begin = 0; begin < seen; begin += AT_ONCE) { // the cache has room for whole sixteens of positions
+            uint16_t element[AT_ONCE];
+#pragma unroll
+            for (uint32_t t = 0; t < AT_ONCE; t++) {
+                element[t] = value[static_cast<size_t>(begin + t) * padded + i];
+            }
+#pragma unroll
+            for (uint32_t t = 0; t < AT_ONCE; t++) {
+                const float2 weight = *reinterpret_cast<const float2 *>(s.weight + (begin + t) * ATTEND_HEADS + h);
+                const bool sees = begin + t < seen;
+                first = sees ? fmaf(weight.x, f16_to_f32(element[t]), first) : first;
+                second = sees ? fmaf(weight.y, f16_to_f32(element[t]), second) : second;
+            }
+        }
+        s.part[h * floats + i] = first;
+        s.part[(h + 1) * floats + i] = second;
+    }
+    const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (warp < ATTEND_HEADS) {
         float total = 0.0f;
         for (uint32_t t = lane; lane < LANES && t < seen; t += LANES) {
-            total += weight[t];
+            total += s.weight[t * ATTEND_HEADS + warp];
         }
         total = fold_lanes(total);
         if (lane == 0) {
-            part[padded + MQ_PART_TOTAL] = total;
-            part[padded + MQ_PART_LARGEST] = largest;
+            s.part[warp * floats + padded + MQ_PART_TOTAL] = total;
         }
     }
     __syncthreads();
 }
 
-// Thread i joins dimension i of the next chunk's part; the totals and maxima are in the tails, written by the last thread.
-__device__ inline void join_part(float *part, const float *next, uint32_t dim)
+// Dimension i of what a head saw: the parts of its chunks, joined in ascending order as `join` in kernels/scalar.c.
+__device__ inline float joined(const float *parts, uint32_t chunks, uint32_t dim, uint32_t i)
 {
-    const uint32_t padded = padded_dim(dim);
-    const float largest = part[padded + MQ_PART_LARGEST], other = next[padded + MQ_PART_LARGEST];
-    const float most = other > largest ? other : largest;
-    const float mine = exponential(largest - most), theirs = exponential(other - most);
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < padded; i += blockDim.x) {
-        part[i] = fmaf(part[i], mine, next[i] * theirs);
+    const uint32_t padded = padded_dim(dim), floats = part_floats(dim);
+    float part = __ldcg(parts + i), total = __ldcg(parts + padded + MQ_PART_TOTAL), largest = __ldcg(parts + padded + MQ_PART_LARGEST);
+#pragma unroll 4
+    for (uint32_t chunk = 1; chunk < chunks; chunk++) {
+        const float *next = parts + static_cast<size_t>(chunk) * floats;
+        const float other = __ldcg(next + padded + MQ_PART_LARGEST), most = other > largest ? other : largest;
+        const float mine = exponential(largest - most), theirs = exponential(other - most);
+        part = fmaf(part, mine, __ldcg(next + i) * theirs);
+        total = fmaf(total, mine, __ldcg(next + padded + MQ_PART_TOTAL) * theirs);
+        largest = most;
     }
-    if (threadIdx.x == blockDim.x - 1) {
-        part[padded + MQ_PART_TOTAL] = fmaf(part[padded + MQ_PART_TOTAL], mine, next[padded + MQ_PART_TOTAL] * theirs);
-        part[padded + MQ_PART_LARGEST] = most;
-    }
-    __syncthreads();
+    return part * (1.0f / total);
 }
 
-__device__ inline void finish_part(const float *part, uint32_t dim, float *out)
+// One token, grid (chunks, heads_kv, fours of the heads that share one): rotates, stores its key and value, attends. The positions
+// of earlier passes are staged while the kernels before this one still run.
+template <bool STAGED>
+static __global__ void __launch_bounds__(ATTEND_THREADS) attend_one(const __grid_constant__ attention_job job)
 {
-    const float inverse = 1.0f / part[padded_dim(dim) + MQ_PART_TOTAL];
-    for (uint32_t i = threadIdx.x; i < dim; i += blockDim.x) {
-        out[i] = part[i] * inverse;
-    }
-}
-
-static inline size_t attend_shared(uint32_t dim)
-{
-    return sizeof(float) * (padded_dim(dim) + MQ_ATTENTION_CHUNK + 2 * part_floats(dim));
-}
-
-// Grid (chunks, heads, 1) for one token: a part each. Grid (1, heads, tokens) for several: all chunks, joined.
-static __global__ void __launch_bounds__(ATTEND_THREADS) attend(const __grid_constant__ attention_job job, bool one)
-{
-    const uint32_t dim = job.dim, head = blockIdx.y, token = blockIdx.z, padded = padded_dim(dim);
-    float *query = dynamic_shared<float>(), *weight = query + padded, *part = weight + MQ_ATTENTION_CHUNK;
-    float *next = part + part_floats(dim);
+    const uint32_t dim = job.dim, half = dim / 2, padded = padded_dim(dim), floats = part_floats(dim);
+    const uint32_t shared_by = job.heads / job.heads_kv, kv = blockIdx.y, chunk = blockIdx.x;
+    const uint32_t first = kv * shared_by + blockIdx.z * ATTEND_HEADS, left = shared_by - blockIdx.z * ATTEND_HEADS;
+    const uint32_t heads = left < ATTEND_HEADS ? left : ATTEND_HEADS;
+    float *memory = dynamic_shared<float>();
+    uint16_t *staged = reinterpret_cast<uint16_t *>(memory + ATTEND_HEADS * (dim + MQ_ATTENTION_CHUNK + floats));
+    const attend_shared s = {memory, memory + ATTEND_HEADS * dim, memory + ATTEND_HEADS * (dim + MQ_ATTENTION_CHUNK), staged,
+                             staged + MQ_ATTENTION_CHUNK / KEY_POSITIONS * key_stride(dim, true)};
+    const size_t position = job.state->position; // does not change during a pass
+    const uint32_t chunks = static_cast<uint32_t>(position) / MQ_ATTENTION_CHUNK + 1;
+    const size_t begin = static_cast<size_t>(chunk) * MQ_ATTENTION_CHUNK, from = kv * job.positions + begin;
+    const uint16_t *key = job.keys + from * dim, *value = job.values + from * padded;
+    const bool last = chunk == chunks - 1;
+    const uint32_t before = last ? static_cast<uint32_t>(position - begin) : MQ_ATTENTION_CHUNK;
+    const uint32_t seen = last ? before + 1 : MQ_ATTENTION_CHUNK;
     pdl_launch();
+    if (STAGED && chunk < chunks) {
+        stage(job, s, before, key, value);
+    }
     pdl_wait();
-    const uint32_t seen = job.state->position + token + 1, chunks = (seen + MQ_ATTENTION_CHUNK - 1) / MQ_ATTENTION_CHUNK;
-    if (blockIdx.x >= chunks) {
+    if (chunk >= chunks) {
         return;
     }
-    const size_t row = (static_cast<size_t>(token) * job.heads + head) * dim;
-    for (uint32_t i = threadIdx.x; i < dim; i += ATTEND_THREADS) {
-        query[i] = job.q[row + i];
+    if (STAGED) {
+        copy_wait<0>();
+        __syncthreads();
+    }
+    if (last) {
+        uint16_t *column = s.keys + before / KEY_POSITIONS * key_stride(dim, true) + before % KEY_POSITIONS;
+        store_position(job, kv, position, job.k + kv * dim, job.v + kv * dim, STAGED ? column : nullptr,
+                       STAGED ? s.values + before * padded : nullptr);
+    }
+    for (uint32_t i = threadIdx.x; i < ATTEND_HEADS * half; i += ATTEND_THREADS) {
+        const uint32_t h = i / half, at = i % half;
+        float2 pair = make_float2(0.0f, 0.0f);
+        if (h < heads) {
+            pair = rotated(job.q + static_cast<size_t>(first + h) * dim, job.cosine + position * half, job.sine + position * half, half, at);
+        }
+        s.query[at * ATTEND_HEADS + h] = pair.x;
+        s.query[(half + at) * ATTEND_HEADS + h] = pair.y;
     }
     __syncthreads();
-    const size_t from = static_cast<size_t>(head / (job.heads / job.heads_kv)) * job.positions;
-    for (uint32_t chunk = blockIdx.x; chunk < chunks; chunk++) {
-        const uint32_t begin = chunk * MQ_ATTENTION_CHUNK;
-        const uint32_t here = seen - begin < MQ_ATTENTION_CHUNK ? seen - begin : MQ_ATTENTION_CHUNK;
-        attend_chunk(job, query, here, job.keys + (from + begin) * dim, job.values + (from + begin) * padded, weight,
-                     chunk == 0 || one ? part : next);
-        if (one) {
-            float *out = job.parts + (static_cast<size_t>(head) * job.chunks + chunk) * part_floats(dim);
-            for (uint32_t i = threadIdx.x; i < padded + 2; i += ATTEND_THREADS) {
-                out[i] = part[i];
-            }
-            return;
+    weigh_positions(job, s, seen, STAGED ? s.keys : key, key_stride(dim, STAGED));
+    sum_values(job, s, seen, STAGED ? s.values : value);
+    float *out = job.out + static_cast<size_t>(first) * dim;
+    if (chunks == 1) {
+        for (uint32_t i = threadIdx.x; i < heads * dim; i += ATTEND_THREADS) {
+            const float *part = s.part + i / dim * floats;
+            out[i] = part[i % dim] * (1.0f / part[padded + MQ_PART_TOTAL]);
         }
-        if (chunk > 0) {
-            join_part(part, next, dim);
+        return;
+    }
+    float *parts = job.parts + static_cast<size_t>(first) * job.chunks * floats;
+    for (uint32_t i = threadIdx.x; i < heads * floats; i += ATTEND_THREADS) {
+        parts[(static_cast<size_t>(i / floats) * job.chunks + chunk) * floats + i % floats] = s.part[i];
+    }
+    if (arrives_last(job.arrived + first, chunks)) {
+        for (uint32_t i = threadIdx.x; i < heads * dim; i += ATTEND_THREADS) {
+            out[i] = joined(parts + static_cast<size_t>(i / dim) * job.chunks * floats, chunks, dim, i % dim);
         }
     }
-    finish_part(part, dim, job.out + row);
-}
-
-// Of one token: the parts of a head, in ascending order.
-static __global__ void __launch_bounds__(ATTEND_THREADS) join_chunks(const __grid_constant__ attention_job job)
-{
-    const uint32_t dim = job.dim, head = blockIdx.x, floats = part_floats(dim);
-    float *part = dynamic_shared<float>();
-    pdl_launch();
-    pdl_wait();
-    const uint32_t chunks = job.state->position / MQ_ATTENTION_CHUNK + 1;
-    const float *parts = job.parts + static_cast<size_t>(head) * job.chunks * floats;
-    for (uint32_t i = threadIdx.x; i < padded_dim(dim) + 2; i += ATTEND_THREADS) {
-        part[i] = parts[i];
-    }
-    __syncthreads();
-    for (uint32_t chunk = 1; chunk < chunks; chunk++) {
-        join_part(part, parts + chunk * floats, dim);
-    }
-    finish_part(part, dim, job.out + static_cast<size_t>(head) * dim);
 }
 
 #endif

@@ -6,7 +6,9 @@
 #include "attention.cuh"
 #include "ends.cuh"
 #include "matvec.cuh"
+#include "matmat.cuh"
 #include "memory.cuh"
+#include "prefill_attention.cuh"
 #include "prepare.cuh"
 
 #include <string.h>
@@ -14,7 +16,7 @@
 // One batch on its way: the first error ends it.
 struct pass {
     mq_cuda_session *s;
-    uint32_t n, chunks; // tokens; chunks of positions that the kernels are started for
+    uint32_t n, chunks, position; // tokens; chunks of positions that the kernels are started for; of more than one token, where
     cudaError_t error;
 };
 
@@ -38,7 +40,6 @@ static void start_prepare(pass *p, uint32_t block, uint32_t point, const float *
     prepare_job job = {};
     job.x = x;
     job.up = up;
-    job.stride = columns;
     job.columns = columns;
     job.groups = groups_of(columns);
     job.norm = norm;
@@ -49,6 +50,8 @@ static void start_prepare(pass *p, uint32_t block, uint32_t point, const float *
     job.sum = s->on.sum;
     job.n_hidden = host->hparams.router_hidden;
     job.max_depth = host->info.max_depth;
+    job.sums = s->on.sums;
+    job.arrived = s->on.arrived_tokens;
     job.state = s->on.state;
     if (point < MQ_ROUTERS) {
         const size_t linear = static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
@@ -58,7 +61,7 @@ static void start_prepare(pass *p, uint32_t block, uint32_t point, const float *
         job.depths = s->on.depths + linear;
         job.depth_stride = host->hparams.block_count * MQ_LINEARS;
     }
-    start(p, dim3(n), PREPARE_THREADS, prepare_shared(job.groups, job.n_hidden), prepare, job);
+    start(p, dim3(prepare_blocks(job.groups), n), PREPARE_THREADS, prepare_shared(job.groups, job.n_hidden), prepare, job);
 }
 
 // The linears that `job` lists, of n tokens.
@@ -70,22 +73,48 @@ static void start_linears(pass *p, matvec_job job, uint32_t n)
     job.scale = s->on.scale;
     job.sum = s->on.sum;
     job.state = s->on.state;
+    uint32_t blocks = 0; // of rows
     for (uint32_t i = 0; i < job.count; i++) {
-        job.first_block[i + 1] = job.first_block[i] + matvec_blocks(job.matrix[i]);
+        blocks += matvec_blocks(job.matrix[i]);
     }
-    const uint32_t blocks = job.first_block[job.count];
-    if (n == 1) {
-        start(p, dim3(blocks), MATVEC_THREADS, 0, matvec_one, job);
+    const uint32_t places = s->model->multiprocessors;
+    const bool many = blocks <= places;
+    const uint32_t each = n > 1 || many ? 1 : (blocks + 2 * places - 1) / (2 * places); // row blocks of a block of threads
+    for (uint32_t i = 0; i < job.count; i++) {
+        job.first_block[i + 1] = job.first_block[i] + (matvec_blocks(job.matrix[i]) + each - 1) / each;
+    }
+    const uint32_t grid = job.first_block[job.count];
+    if (n > 1) {
+        start(p, dim3(grid, (n + FEW_TOKENS - 1) / FEW_TOKENS), FEW_THREADS, 0, matvec_few, job);
+    } else if (many) {
+        start(p, dim3(grid), MANY_WARPS * WARP, sizeof(one_shared<MANY_WARPS>), matvec_one<MANY_WARPS>, job);
     } else {
-        start(p, dim3(blocks, (n + FEW_TOKENS - 1) / FEW_TOKENS), MATVEC_THREADS, 0, matvec_few, job);
+        start(p, dim3(grid), SOME_WARPS * WARP, sizeof(one_shared<SOME_WARPS>), matvec_one<SOME_WARPS>, job);
     }
 }
 
+// More than FEW tokens: through 8-bit codes and the tensor cores.
+static void start_many(pass *p, const matvec_job &job)
+{
+    mq_cuda_session *s = p->s;
+    mq_cuda_job many[MATVEC_JOBS];
+    for (uint32_t i = 0; i < job.count; i++) {
+        const uint8_t *depths = job.depths + static_cast<size_t>(p->position) * job.depth_stride + i;
+        many[i] = {job.matrix[i], depths, job.depth_stride, job.y[i], job.matrix[i].rows};
+    }
+    const mq_activations x = {s->on.activations, s->on.scale, s->on.sum, job.matrix[0].groups};
+    if (p->error == cudaSuccess) {
+        p->error = mq_cuda_matmat(many, job.count, x, p->n, s->on.codes, s->codes_bytes, s->stream);
+    }
+}
+
+// y of every linear that reads one input; with `add`, which takes one linear, x += y.
 static void start_point(pass *p, uint32_t block, uint32_t point, bool add, float *y0, float *y1 = nullptr, float *y2 = nullptr)
 {
     mq_cuda_session *s = p->s;
     const mq_block *weights = &s->model->blocks[block];
-    float *const outputs[MATVEC_JOBS] = {y0, y1, y2};
+    const bool many = p->n > MATVEC_MOST;
+    float *const outputs[MATVEC_JOBS] = {many && add ? s->on.branch : y0, y1, y2};
     matvec_job job = {};
     job.count = weights->router[point].linears;
     for (uint32_t i = 0; i < job.count; i++) {
@@ -95,7 +124,16 @@ static void start_point(pass *p, uint32_t block, uint32_t point, bool add, float
     job.depth_stride = s->model->host->hparams.block_count * MQ_LINEARS;
     job.depths = s->on.depths + static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
     job.add = add;
-    start_linears(p, job, p->n);
+    if (!many) {
+        start_linears(p, job, p->n);
+        return;
+    }
+    start_many(p, job);
+    if (add) {
+        const uint32_t count = p->n * job.matrix[0].rows;
+        start(p, dim3((count + END_THREADS - 1) / END_THREADS), END_THREADS, 0, add_rows, y0, static_cast<const float *>(s->on.branch),
+              count);
+    }
 }
 
 static void start_attention(pass *p, uint32_t block)
@@ -117,16 +155,25 @@ static void start_attention(pass *p, uint32_t block)
     job.dim = hp.head_dim;
     job.scale = s->attention_scale;
     job.parts = s->on.parts;
+    job.arrived = s->on.arrived_heads;
     job.chunks = s->chunks;
     job.out = s->on.attended;
     job.state = s->on.state;
-    start(p, dim3(p->n), STORE_THREADS, 0, rotate_and_store, job);
-    const size_t shared = attend_shared(hp.head_dim);
     if (p->n == 1) {
-        start(p, dim3(p->chunks, hp.head_count), ATTEND_THREADS, shared, attend, job, true);
-        start(p, dim3(hp.head_count), ATTEND_THREADS, shared, join_chunks, job);
-    } else {
-        start(p, dim3(1, hp.head_count, p->n), ATTEND_THREADS, shared, attend, job, false);
+        const uint32_t fours = (hp.head_count / hp.head_count_kv + ATTEND_HEADS - 1) / ATTEND_HEADS;
+        const dim3 grid(p->chunks, hp.head_count_kv, fours);
+        if (s->model->staged) {
+            start(p, grid, ATTEND_THREADS, attend_bytes(hp.head_dim, true), attend_one<true>, job);
+        } else {
+            start(p, grid, ATTEND_THREADS, attend_bytes(hp.head_dim, false), attend_one<false>, job);
+        }
+        return;
+    }
+    start(p, dim3(hp.head_count + hp.head_count_kv, p->n), STORE_THREADS, 0, rotate_and_store, job);
+    if (p->error == cudaSuccess) {
+        const mq_cuda_attention several = {job.q, job.keys, job.values, job.positions, job.heads, job.heads_kv, job.dim,
+                                           p->position, p->n, job.scale, job.out};
+        p->error = mq_cuda_prefill_attention(&several, s->stream);
     }
 }
 
@@ -196,7 +243,7 @@ static cudaError_t find_graph(mq_cuda_session *s, graph_kind kind, uint32_t seen
         (void)cudaGraphExecDestroy(graph);
         graph = nullptr;
     }
-    pass p = {s, 1, 1u << size < s->chunks ? 1u << size : s->chunks, cudaSuccess};
+    pass p = {s, 1, 1u << size < s->chunks ? 1u << size : s->chunks, 0, cudaSuccess};
     p.error = cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeThreadLocal);
     if (p.error != cudaSuccess) {
         return p.error;
@@ -282,7 +329,7 @@ static void give_depths(pass *p, uint32_t position, uint32_t n, uint8_t *depths)
 static int32_t forward(mq_cuda_session *s, const int32_t *tokens, uint32_t n, uint32_t position, const mq_cuda_output *output,
                        mq_cuda_message *message)
 {
-    pass p = {s, n, s->chunks, cudaSuccess};
+    pass p = {s, n, s->chunks, position, cudaSuccess};
     p.error = put_control(s, tokens, n, position);
     if (n == 1 && p.error == cudaSuccess) {
         cudaGraphExec_t graph = nullptr;
@@ -302,7 +349,7 @@ static int32_t forward(mq_cuda_session *s, const int32_t *tokens, uint32_t n, ui
 static int32_t greedy(mq_cuda_session *s, int32_t token, uint32_t n, uint32_t position, uint32_t output_depth, int32_t *chosen,
                       uint8_t *depths, float *milliseconds, mq_cuda_message *message)
 {
-    pass p = {s, 1, s->chunks, cudaSuccess};
+    pass p = {s, 1, s->chunks, position, cudaSuccess};
     cudaGraphExec_t graph = nullptr;
     p.error = find_graph(s, GRAPH_GREEDY, position + n, output_depth, &graph);
     p.error = p.error == cudaSuccess ? put_control(s, &token, 1, position) : p.error;

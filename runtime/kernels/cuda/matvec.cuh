@@ -13,7 +13,7 @@
 #include "kernels.h"
 #include "keys.h"
 
-enum { BLOCK_ROWS = 32, MATVEC_WARPS = 8, MATVEC_THREADS = MATVEC_WARPS * WARP, FEW_TOKENS = 8, MATVEC_JOBS = 3 };
+enum { BLOCK_ROWS = 32, FEW_WARPS = 8, FEW_THREADS = FEW_WARPS * WARP, FEW_TOKENS = 8, MATVEC_MOST = 16, MATVEC_JOBS = 3 };
 
 // Up to three linears that read the same activations.
 struct matvec_job {
@@ -29,7 +29,7 @@ struct matvec_job {
     const control *state;
 };
 
-static inline uint32_t matvec_blocks(const mq_matrix &w)
+__host__ __device__ inline uint32_t matvec_blocks(const mq_matrix &w)
 {
     return (w.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
 }
@@ -46,6 +46,7 @@ __device__ inline void codes(const uint32_t (&w)[D], uint32_t (&out)[4])
 {
     constexpr uint32_t FIELD = 0x03030303u, NIBBLE = 0x0f0f0f0fu, EVEN = 0x33333333u;
     if constexpr (D == 1) {
+#pragma unroll
         for (int j = 0; j < 4; j++) {
             out[j] = w[0] >> (2 * j) & FIELD;
         }
@@ -83,15 +84,19 @@ template <int D>
 __device__ inline void group_product(const uint4 (&plane)[D][2], const uint4 (&x)[2], int (&low)[4], int (&high)[4])
 {
     uint32_t code[4][2][4]; // [row][half][field]
+#pragma unroll
     for (int row = 0; row < 4; row++) {
+#pragma unroll
         for (int half = 0; half < 2; half++) {
             uint32_t w[D];
+#pragma unroll
             for (int e = 0; e < D; e++) {
                 w[e] = word_of(plane[e][half], row);
             }
             codes<D>(w, code[row][half]);
         }
     }
+#pragma unroll
     for (int j = 0; j < 4; j++) {
         const uint32_t b0 = word_of(x[0], j), b1 = word_of(x[1], j);
         mma_u8s8(low, code[0][0][j], code[1][0][j], code[0][1][j], code[1][1][j], b0, b1);
@@ -125,102 +130,6 @@ __device__ inline void load_activations(const int8_t *q, uint32_t group, uint4 (
     x[1] = at[4];
 }
 
-__device__ inline void write_row(const matvec_job &job, uint32_t linear, uint32_t token, uint32_t row, float value)
-{
-    const uint32_t rows = job.matrix[linear].rows;
-    if (row < rows) {
-        float *y = job.y[linear] + static_cast<size_t>(token) * rows + row;
-        *y = job.add ? *y + value : value;
-    }
-}
-
-// Groups of a warp whose loads are in flight at once, for D slices: what the registers hold. Of the base slice, those of the first
-// EARLY groups are asked for before the depth is known.
-enum { EARLY = 2, ONE_GROUPS = 4 * MATVEC_WARPS };
-
-__host__ __device__ constexpr uint32_t unroll_of(int depth)
-{
-    return depth <= 2 ? 4 : 2;
-}
-
-struct one_shared {
-    float4 term[2][ONE_GROUPS][BLOCK_ROWS]; // of a row and group: scale · scale of x, base, product, sum of x
-    float y[BLOCK_ROWS];
-};
-
-// Group u of this warp in the chunk that begins at `first`.
-__device__ inline uint32_t group_of(uint32_t first, uint32_t u)
-{
-    return first + u * MATVEC_WARPS + threadIdx.x / WARP;
-}
-
-template <int D>
-__device__ void one_product(const matvec_job &job, uint32_t linear, uint32_t block, const uint4 (&early)[EARLY][2],
-                            one_shared &s)
-{
-    constexpr uint32_t UNROLL = unroll_of(D), GROUPS = UNROLL * MATVEC_WARPS;
-    const mq_matrix &w = job.matrix[linear];
-    const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, groups = w.groups;
-    const size_t offset = lane_offset(w, block);
-    const uint16_t *scales = lane_scales(w, block);
-    uint4 plane[UNROLL][D][2];
-    uint16_t step_bits[UNROLL], offset_bits[UNROLL];
-    const auto load = [&](uint32_t first) {
-        for (uint32_t u = 0; u < UNROLL; u++) {
-            const uint32_t g = group_of(first, u);
-            if (g < groups) {
-                for (int e = 0; e < D; e++) {
-                    const uint8_t *at = w.plane[e] + offset + static_cast<size_t>(g) * MQ_TILE_BYTES;
-                    if (e > 0 || first > 0 || u >= EARLY) {
-                        plane[u][e][0] = load_stream(at);
-                        plane[u][e][1] = load_stream(at + MQ_TILE_BYTES / 2);
-                    }
-                }
-                step_bits[u] = scales[static_cast<size_t>(g) * 2 * MQ_TILE_ROWS];
-                offset_bits[u] = scales[static_cast<size_t>(g) * 2 * MQ_TILE_ROWS + MQ_TILE_ROWS];
-            }
-        }
-    };
-    for (uint32_t u = 0; u < EARLY; u++) {
-        plane[u][0][0] = early[u][0];
-        plane[u][0][1] = early[u][1];
-    }
-    load(0);
-    for (uint32_t first = 0, chunk = 0; first < groups; first += GROUPS, chunk++) {
-        for (uint32_t u = 0; u < UNROLL; u++) {
-            const uint32_t g = group_of(first, u);
-            if (g < groups) {
-                uint4 x[2];
-                int low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
-                load_activations(job.q, g, x);
-                group_product<D>(plane[u], x, low, high);
-                const uint32_t own = lane % 4; // all four lanes of a quarter have its rows: each keeps one
-                const int dot = own == 0 ? low[0] : own == 1 ? low[2] : own == 2 ? high[0] : high[2];
-                const float step = f16_to_f32(step_bits[u]) * depth_factor(D);
-                s.term[chunk % 2][g - first][lane] = make_float4(step * job.scale[g], fmaf(step, 0.5f, -f16_to_f32(offset_bits[u])),
-                                                                 static_cast<float>(dot), job.sum[g]);
-            }
-        }
-        load(first + GROUPS);
-        __syncthreads();
-        if (warp == chunk % MATVEC_WARPS) {
-            float y = chunk == 0 ? 0.0f : s.y[lane];
-            const uint32_t count = groups - first < GROUPS ? groups - first : GROUPS;
-#pragma unroll 8
-            for (uint32_t i = 0; i < count; i++) {
-                const float4 term = s.term[chunk % 2][i][lane];
-                y = fmaf(term.x, term.z, y);
-                y = fmaf(term.y, term.w, y);
-            }
-            if (first + GROUPS < groups) {
-                s.y[lane] = y;
-            } else {
-                write_row(job, linear, 0, block * BLOCK_ROWS + lane, y);
-            }
-        }
-    }
-}
-
 __device__ inline uint32_t linear_of_block(const matvec_job &job, uint32_t block)
 {
     uint32_t linear = 0;
@@ -230,17 +139,149 @@ __device__ inline uint32_t linear_of_block(const matvec_job &job, uint32_t block
     return linear;
 }
 
-// One token. The base slice, which is always read, is asked for before the depth is known.
-static __global__ void __launch_bounds__(MATVEC_THREADS, 2) matvec_one(const __grid_constant__ matvec_job job)
+__device__ inline void write_row(const matvec_job &job, uint32_t linear, uint32_t token, uint32_t row, float value)
 {
-    __shared__ one_shared shared;
-    const uint32_t linear = linear_of_block(job, blockIdx.x), block = blockIdx.x - job.first_block[linear];
+    const uint32_t rows = job.matrix[linear].rows;
+    if (row < rows) {
+        float *y = job.y[linear] + static_cast<size_t>(token) * rows + row;
+        *y = job.add ? *y + value : value;
+    }
+}
+
+// --- one token ----------------------------------------------------------------------------------------------------------
+
+// Warps of a block of threads: MANY where there are few rows, one such block a multiprocessor; SOME otherwise, two.
+enum { SOME_WARPS = 8, MANY_WARPS = 16 };
+
+// Of the base slice, the first EARLY groups of a warp are asked for before the depth is known.
+enum { EARLY = 2, MOST_UNROLL = 4 };
+
+// Groups of a warp whose loads are in flight at once, for D slices: what the registers hold.
+__host__ __device__ constexpr uint32_t unroll_of(int depth)
+{
+    return depth == 1 ? MOST_UNROLL : 2;
+}
+
+template <uint32_t WARPS>
+struct one_shared {
+    float4 term[2][MOST_UNROLL * WARPS][BLOCK_ROWS]; // of a row and group: scale · scale of x, base, product, sum of x
+    float y[BLOCK_ROWS];
+};
+
+// One group on its way to a warp.
+template <int D>
+struct group_loads {
+    uint4 plane[D][2], x[2];
+    float scale, sum;
+    uint16_t step, offset;
+};
+
+// Row blocks begin, begin + stride, ... of a linear: the loads of the next groups, of the next rows when these have no more, are in
+// flight while these are multiplied and added up.
+template <int D, uint32_t WARPS>
+__device__ inline void one_product(const matvec_job &job, uint32_t linear, uint32_t begin, uint32_t stride,
+                                   const uint4 (&early)[EARLY][2], one_shared<WARPS> &s)
+{
+    constexpr uint32_t UNROLL = unroll_of(D), GROUPS = UNROLL * WARPS;
     const mq_matrix &w = job.matrix[linear];
-    const size_t offset = lane_offset(w, block);
+    const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, groups = w.groups, blocks = matvec_blocks(w);
+    const bool same_x = groups <= GROUPS; // one round of groups: the activations stay
+    group_loads<D> in[UNROLL];
+    const auto load_x = [&](uint32_t first) {
+#pragma unroll
+        for (uint32_t u = 0; u < UNROLL; u++) {
+            const uint32_t g = first + u * WARPS + warp;
+            if (g < groups) {
+                load_activations(job.q, g, in[u].x);
+                in[u].scale = job.scale[g];
+                in[u].sum = job.sum[g];
+            }
+        }
+    };
+    const auto load_planes = [&](uint32_t block, uint32_t first, bool but_early) {
+        const size_t offset = lane_offset(w, block);
+        const uint16_t *scales = lane_scales(w, block);
+#pragma unroll
+        for (uint32_t u = 0; u < UNROLL; u++) {
+            const uint32_t g = first + u * WARPS + warp;
+            if (g < groups) {
+#pragma unroll
+                for (int e = 0; e < D; e++) {
+                    const uint8_t *at = w.plane[e] + offset + static_cast<size_t>(g) * MQ_TILE_BYTES;
+                    if (e > 0 || u >= EARLY || !but_early) {
+                        in[u].plane[e][0] = load_stream(at);
+                        in[u].plane[e][1] = load_stream(at + MQ_TILE_BYTES / 2);
+                    }
+                }
+                in[u].step = scales[static_cast<size_t>(g) * 2 * MQ_TILE_ROWS];
+                in[u].offset = scales[static_cast<size_t>(g) * 2 * MQ_TILE_ROWS + MQ_TILE_ROWS];
+            }
+        }
+    };
+#pragma unroll
+    for (uint32_t u = 0; u < EARLY; u++) {
+        in[u].plane[0][0] = early[u][0];
+        in[u].plane[0][1] = early[u][1];
+    }
+    load_x(0);
+    load_planes(begin, 0, true);
+    for (uint32_t block = begin, first = 0, turn = 0; block < blocks; turn++) {
+#pragma unroll
+        for (uint32_t u = 0; u < UNROLL; u++) {
+            const uint32_t g = first + u * WARPS + warp;
+            if (g < groups) {
+                int low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
+                group_product<D>(in[u].plane, in[u].x, low, high);
+                const uint32_t own = lane % 4; // all four lanes of a quarter have its rows: each keeps one
+                const int dot = own == 0 ? low[0] : own == 1 ? low[2] : own == 2 ? high[0] : high[2];
+                const float step = f16_to_f32(in[u].step) * depth_factor(D);
+                s.term[turn % 2][g - first][lane] = make_float4(
+                    step * in[u].scale, fmaf(step, 0.5f, -f16_to_f32(in[u].offset)), static_cast<float>(dot), in[u].sum);
+            }
+        }
+        const bool rows_end = first + GROUPS >= groups;
+        const uint32_t next_block = rows_end ? block + stride : block, next_first = rows_end ? 0 : first + GROUPS;
+        if (next_block < blocks) {
+            load_planes(next_block, next_first, false);
+            if (!same_x) {
+                load_x(next_first);
+            }
+        }
+        __syncthreads();
+        if (warp == turn % WARPS) { // the others go on: the terms of the turn after next wait for the next barrier
+            float y = first == 0 ? 0.0f : s.y[lane];
+            const uint32_t count = rows_end ? groups - first : GROUPS;
+#pragma unroll 8
+            for (uint32_t i = 0; i < count; i++) {
+                const float4 term = s.term[turn % 2][i][lane];
+                y = fmaf(term.x, term.z, y);
+                y = fmaf(term.y, term.w, y);
+            }
+            if (rows_end) {
+                write_row(job, linear, 0, block * BLOCK_ROWS + lane, y);
+            } else {
+                s.y[lane] = y;
+            }
+        }
+        block = next_block;
+        first = next_first;
+    }
+}
+
+// job.first_block counts blocks of threads, among which the row blocks of a linear are dealt out.
+template <uint32_t WARPS>
+static __global__ void __launch_bounds__(WARPS * WARP, WARPS == SOME_WARPS ? 2 : 1) matvec_one(const __grid_constant__ matvec_job job)
+{
+    one_shared<WARPS> &shared = *dynamic_shared<one_shared<WARPS>>();
+    const uint32_t linear = linear_of_block(job, blockIdx.x), begin = blockIdx.x - job.first_block[linear];
+    const uint32_t stride = job.first_block[linear + 1] - job.first_block[linear];
+    const mq_matrix &w = job.matrix[linear];
+    const size_t offset = lane_offset(w, begin);
     uint4 early[EARLY][2];
     pdl_launch();
+#pragma unroll
     for (uint32_t u = 0; u < EARLY; u++) {
-        const uint32_t g = group_of(0, u);
+        const uint32_t g = u * WARPS + threadIdx.x / WARP;
         if (g < w.groups) {
             const uint8_t *at = w.plane[0] + offset + static_cast<size_t>(g) * MQ_TILE_BYTES;
             early[u][0] = load_stream(at);
@@ -249,14 +290,16 @@ static __global__ void __launch_bounds__(MATVEC_THREADS, 2) matvec_one(const __g
     }
     pdl_wait();
     switch (depth_of_token(job, linear, 0)) {
-    case 1: one_product<1>(job, linear, block, early, shared); break;
-    case 2: one_product<2>(job, linear, block, early, shared); break;
-    case 3: one_product<3>(job, linear, block, early, shared); break;
-    default: one_product<4>(job, linear, block, early, shared); break;
+    case 1: one_product<1>(job, linear, begin, stride, early, shared); break;
+    case 2: one_product<2>(job, linear, begin, stride, early, shared); break;
+    case 3: one_product<3>(job, linear, begin, stride, early, shared); break;
+    default: one_product<4>(job, linear, begin, stride, early, shared); break;
     }
 }
 
-enum { FEW_UNROLL = 2, FEW_GROUPS = FEW_UNROLL * MATVEC_WARPS };
+// --- a few tokens -------------------------------------------------------------------------------------------------------
+
+enum { FEW_UNROLL = 2, FEW_GROUPS = FEW_UNROLL * FEW_WARPS };
 
 struct few_shared {
     float scale[2][FEW_GROUPS][BLOCK_ROWS], offset[2][FEW_GROUPS][BLOCK_ROWS];
@@ -274,6 +317,7 @@ __device__ inline void few_group(const mq_matrix &w, size_t at, uint32_t deepest
         plane[0][1] = load_stream(w.plane[e] + at + MQ_TILE_BYTES / 2);
         int a[4] = {0, 0, 0, 0}, b[4] = {0, 0, 0, 0};
         group_product<1>(plane, x, a, b);
+#pragma unroll
         for (int i = 0; i < 4; i++) {
             if (e < depth[i % 2]) {
                 low[i] = 4 * low[i] + a[i];
@@ -284,7 +328,7 @@ __device__ inline void few_group(const mq_matrix &w, size_t at, uint32_t deepest
 }
 
 // Tokens 8·blockIdx.y and on.
-static __global__ void __launch_bounds__(MATVEC_THREADS) matvec_few(const __grid_constant__ matvec_job job)
+static __global__ void __launch_bounds__(FEW_THREADS) matvec_few(const __grid_constant__ matvec_job job)
 {
     __shared__ few_shared s;
     const uint32_t linear = linear_of_block(job, blockIdx.x), block = blockIdx.x - job.first_block[linear];
@@ -308,8 +352,9 @@ static __global__ void __launch_bounds__(MATVEC_THREADS) matvec_few(const __grid
     const uint32_t mine = warp < tokens ? depth_of_token(job, linear, begin + warp) : 1;
     for (uint32_t first = 0, chunk = 0; first < groups; first += FEW_GROUPS, chunk++) {
         const uint32_t half = chunk % 2;
+#pragma unroll
         for (uint32_t u = 0; u < FEW_UNROLL; u++) {
-            const uint32_t g = group_of(first, u);
+            const uint32_t g = first + u * FEW_WARPS + warp;
             if (g < groups) {
                 uint4 x[2];
                 int low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};

@@ -8,12 +8,15 @@
 #include "cuda.h"
 #include "hparams.h"
 #include "launch.cuh"
+#include "matmat.cuh"
 
 #include <new>
 #include <stdio.h>
 
 struct mq_cuda_model {
     const mq_model *host;
+    uint32_t multiprocessors;
+    bool staged;         // a chunk of keys and values fits in a block's shared memory
     bool pdl;            // this GPU starts kernels before the one before them has ended
     uint8_t *weights;    // the file from its first tensor on
     size_t bytes;
@@ -33,6 +36,10 @@ struct session_buffers {
     int8_t *activations;          // [B][widest groups·128]
     float *scale, *sum;           // [B][widest groups]
     float *parts;                 // [heads][chunks][part]
+    float *branch;                // [B][E] what a sub-layer adds to x
+    uint8_t *codes;               // workspace of matmat.cuh
+    int *sums;                    // [B][widest groups][n_hidden + 1]
+    uint32_t *arrived_tokens, *arrived_heads; // [B], [heads]
     float *cosine, *sine;         // [n_ctx][head_dim / 2]
     uint8_t *depths;              // [n_ctx][block][7]
     float *thresholds;            // [block][7][3]
@@ -54,7 +61,7 @@ struct mq_cuda_session {
     cudaGraphExec_t graph[GRAPH_KINDS][GRAPH_SIZES];
     uint32_t graph_depth[GRAPH_KINDS][GRAPH_SIZES]; // of the output head, as recorded
     uint8_t *memory;
-    size_t cache_bytes, workspace_bytes;
+    size_t cache_bytes, workspace_bytes, codes_bytes;
     session_buffers on;
     uint8_t *pinned; // host memory that copies can run beside: control, then logits
     size_t pinned_control;
@@ -89,6 +96,20 @@ static size_t control_bytes(uint32_t n_batch)
     return sizeof(control) + n_batch * sizeof(int32_t);
 }
 
+// The workspace with which every group of linears that read one input is one launch.
+static size_t most_codes(const mq_hparams &hp, uint32_t n_batch)
+{
+    const size_t width = hp.embedding_length, ff = hp.feed_forward_length, q_width = static_cast<size_t>(hp.head_count) * hp.head_dim;
+    const size_t rows[MQ_ROUTERS] = {q_width + 2 * static_cast<size_t>(hp.head_count_kv) * hp.head_dim, width, 2 * ff, width};
+    const size_t columns[MQ_ROUTERS] = {width, q_width, width, ff};
+    size_t most = 0;
+    for (size_t i = 0; i < MQ_ROUTERS; i++) {
+        const size_t bytes = mq_cuda_matmat_workspace(n_batch, rows[i], groups_of(static_cast<uint32_t>(columns[i])));
+        most = bytes > most ? bytes : most;
+    }
+    return most;
+}
+
 // Sizes were checked by the host library, whose own buffers of a session are larger.
 static void plan_session(const mq_cuda_session *s, arena *memory, session_buffers *on, size_t *cache_bytes)
 {
@@ -116,6 +137,11 @@ static void plan_session(const mq_cuda_session *s, arena *memory, session_buffer
     memory->take(on->activations, n, groups, MQ_GROUP_SIZE);
     memory->take(on->scale, n, groups);
     memory->take(on->sum, n, groups);
+    memory->take(on->branch, n, width);
+    memory->take(on->codes, s->codes_bytes);
+    memory->take(on->sums, n, groups, hp.router_hidden + 1);
+    memory->take(on->arrived_tokens, n);
+    memory->take(on->arrived_heads, hp.head_count);
     memory->take(on->parts, hp.head_count, s->chunks, part_floats(hp.head_dim));
     memory->take(on->cosine, s->n_ctx, hp.head_dim / 2);
     memory->take(on->sine, s->n_ctx, hp.head_dim / 2);
@@ -222,6 +248,8 @@ static int32_t open_model(const mq_model *host, mq_cuda_model **out, mq_cuda_mes
         first = host->file.tensors[i].present && at < first ? at : first;
     }
     model->host = host;
+    model->multiprocessors = static_cast<uint32_t>(properties.multiProcessorCount);
+    model->staged = attend_bytes(host->hparams.head_dim, true) <= properties.sharedMemPerBlockOptin;
     model->pdl = properties.major >= 9;
     model->bytes = static_cast<size_t>(host->mapping.data + host->mapping.size - first);
     if (place_weights(model, first, properties.integrated != 0, message) != 0) {
@@ -288,6 +316,7 @@ static int32_t open_session(mq_cuda_model *model, const mq_cuda_session_options 
     s->chunks = (options->n_ctx + MQ_ATTENTION_CHUNK - 1) / MQ_ATTENTION_CHUNK;
     s->positions = (static_cast<size_t>(options->n_ctx) + KEY_POSITIONS - 1) / KEY_POSITIONS * KEY_POSITIONS;
     s->attention_scale = options->attention_scale;
+    s->codes_bytes = most_codes(hp, s->n_batch);
     arena counted = {nullptr, 0};
     plan_session(s, &counted, &s->on, &s->cache_bytes);
     s->workspace_bytes = counted.used - s->cache_bytes;

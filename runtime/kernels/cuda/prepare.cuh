@@ -1,5 +1,8 @@
-// prepare.cuh: what the input of a group of linears goes through, one block of threads per token: norm or SwiGLU, quantisation to
-// int8, and the depth of each linear, from its router or from the table of an unrouted budget. No depth leaves the device.
+// prepare.cuh: what the input of a group of linears goes through: norm or SwiGLU, quantisation to int8, and the depth of each linear,
+// from its router or from the table of an unrouted budget. No depth leaves the device.
+//
+// A warp has one group of 128 columns, a block of threads 32 groups. A wider input has several blocks, of which the one that ends
+// last adds up the groups' sums for the router.
 #ifndef MQ_CUDA_PREPARE_H
 #define MQ_CUDA_PREPARE_H
 
@@ -8,11 +11,11 @@
 #include "model.h"
 #include "router.h"
 
-enum { PREPARE_THREADS = 256, NORM_PIECE = 4096 };
+enum { PREPARE_GROUPS = 32, PREPARE_THREADS = PREPARE_GROUPS * WARP, NORM_PIECE = 4096, MAX_SUMS = MQ_MAX_ROUTER_HIDDEN + 1 };
 
 struct prepare_job {
-    const float *x, *up; // [n][stride]; up: of SwiGLU, whose gate is x, else NULL
-    uint32_t stride, columns, groups;
+    const float *x, *up; // [n][columns]; up: of SwiGLU, whose gate is x, else NULL
+    uint32_t columns, groups;
     const float *norm;   // [columns]; NULL: none
     float eps;
     float *normed;       // [n][columns] the input itself; NULL: not wanted
@@ -20,6 +23,8 @@ struct prepare_job {
     float *scale, *sum;  // [n][groups]
     mq_router router;    // linears 0: nothing to route
     uint32_t n_hidden, max_depth;
+    int *sums;               // [n][groups][n_hidden + 1]: exact sums of a group, for the hidden units and of squares
+    uint32_t *arrived;       // [n] blocks of threads that have written theirs
     const float *thresholds; // [linears][3]
     const uint8_t *table;    // [linears] of an unrouted budget
     uint8_t *depths;         // [positions][depth_stride], from the first of the linears on
@@ -27,9 +32,16 @@ struct prepare_job {
     const control *state;
 };
 
+__host__ __device__ inline uint32_t prepare_blocks(uint32_t groups)
+{
+    return (groups + PREPARE_GROUPS - 1) / PREPARE_GROUPS;
+}
+
+// Shared memory: the input on its way through the norm, then scales and sums of every group of a token.
 static inline size_t prepare_shared(uint32_t groups, uint32_t n_hidden)
 {
-    return NORM_PIECE * sizeof(float) + static_cast<size_t>(groups) * (MQ_GROUP_SIZE + sizeof(float) * (n_hidden + 2));
+    const size_t norm = NORM_PIECE * sizeof(float), all = groups * (sizeof(float) + sizeof(int) * (n_hidden + 1));
+    return norm > all ? norm : all;
 }
 
 // 1 / sqrt(mean of squares + eps), the same in every thread.
@@ -44,7 +56,7 @@ __device__ inline float norm_factor(const float *x, uint32_t columns, float eps,
         }
         __syncthreads();
         if (threadIdx.x < LANES) {
-#pragma unroll 16
+#pragma unroll 32
             for (uint32_t i = threadIdx.x; i < count; i += LANES) {
                 lane = fmaf(piece[i], piece[i], lane);
             }
@@ -61,41 +73,37 @@ __device__ inline float norm_factor(const float *x, uint32_t columns, float eps,
     return factor;
 }
 
-// One warp: four columns a lane.
-__device__ inline void quantize_group(const prepare_job &job, uint32_t token, uint32_t group, float factor, uint32_t *q_shared,
-                                      float *scale_shared, int *squares_shared)
+// One warp: four columns a lane. Returns the lane's four codes.
+__device__ inline uint32_t quantize_group(const prepare_job &job, uint32_t token, uint32_t group, float factor,
+                                          const float (&x)[4], const float (&other)[4], float &scale, int &squares)
 {
     const uint32_t lane = threadIdx.x % WARP, first = group * MQ_GROUP_SIZE + lane * 4;
-    const size_t row = static_cast<size_t>(token) * job.stride;
+    const size_t row = static_cast<size_t>(token) * job.columns;
     float v[4];
     float largest = 0.0f;
     for (uint32_t i = 0; i < 4; i++) {
         const uint32_t c = first + i;
         v[i] = 0.0f;
         if (c < job.columns) {
-            v[i] = job.x[row + c];
-            if (job.norm != nullptr) {
-                v[i] = v[i] * factor * job.norm[c];
-            } else if (job.up != nullptr) {
-                v[i] = swiglu(v[i], job.up[row + c]);
-            }
+            v[i] = job.norm != nullptr ? x[i] * factor * other[i] : job.up != nullptr ? swiglu(x[i], other[i]) : x[i];
             if (job.normed != nullptr) {
-                job.normed[static_cast<size_t>(token) * job.columns + c] = v[i];
+                job.normed[row + c] = v[i];
             }
         }
         largest = fmaxf(largest, fabsf(v[i]));
     }
     largest = largest_of_warp(largest);
     uint32_t packed = 0;
-    int total = 0, squares = 0;
-    float scale = 0.0f;
+    int total = 0;
+    squares = 0;
+    scale = 0.0f;
     if (largest >= MQ_QUANTIZE_MIN) {
         const float inverse = MQ_QUANTIZE_MAX / largest;
         for (uint32_t i = 0; i < 4; i++) {
-            float x = v[i] * inverse;
-            x = x < MQ_QUANTIZE_MAX ? x : MQ_QUANTIZE_MAX; // a NaN becomes 127
-            x = x > -MQ_QUANTIZE_MAX ? x : -MQ_QUANTIZE_MAX;
-            const int code = first + i < job.columns ? static_cast<int>(rintf(x)) : 0;
+            float scaled = v[i] * inverse;
+            scaled = scaled < MQ_QUANTIZE_MAX ? scaled : MQ_QUANTIZE_MAX; // a NaN becomes 127
+            scaled = scaled > -MQ_QUANTIZE_MAX ? scaled : -MQ_QUANTIZE_MAX;
+            const int code = first + i < job.columns ? static_cast<int>(rintf(scaled)) : 0;
             packed |= (static_cast<uint32_t>(code) & 255u) << (8 * i);
             total += code;
             squares += code * code;
@@ -106,66 +114,60 @@ __device__ inline void quantize_group(const prepare_job &job, uint32_t token, ui
     squares = sum_warp(squares);
     const size_t at = static_cast<size_t>(token) * job.groups + group;
     reinterpret_cast<uint32_t *>(job.q)[at * (MQ_GROUP_SIZE / 4) + lane] = packed;
-    q_shared[group * (MQ_GROUP_SIZE / 4) + lane] = packed;
     if (lane == 0) {
         job.scale[at] = scale;
         job.sum[at] = scale * static_cast<float>(total);
-        scale_shared[group] = scale;
-        squares_shared[group] = squares;
+    }
+    return packed;
+}
+
+// One warp and its group: exact products of the hidden rows with the codes. sums [n_hidden + 1].
+__device__ inline void group_sums(const prepare_job &job, uint32_t group, uint32_t packed, int squares, int *sums)
+{
+    const uint32_t lane = threadIdx.x % WARP;
+    const uint32_t *rows = reinterpret_cast<const uint32_t *>(job.router.hidden) + static_cast<size_t>(group) * (MQ_GROUP_SIZE / 4) + lane;
+    const size_t row = static_cast<size_t>(job.groups) * (MQ_GROUP_SIZE / 4);
+    int mine = squares; // the sum that lane h keeps
+    uint32_t word[MQ_MAX_ROUTER_HIDDEN];
+#pragma unroll
+    for (uint32_t h = 0; h < MQ_MAX_ROUTER_HIDDEN; h++) {
+        word[h] = h < job.n_hidden ? rows[h * row] : 0;
+    }
+#pragma unroll
+    for (uint32_t h = 0; h < MQ_MAX_ROUTER_HIDDEN; h++) {
+        const int dot = sum_warp(__dp4a(static_cast<int>(word[h]), static_cast<int>(packed), 0));
+        mine = lane == h && h < job.n_hidden ? dot : mine;
+    }
+    if (lane <= job.n_hidden) {
+        sums[lane] = mine;
     }
 }
 
-// Exact products of the router's hidden rows with every group: dots [groups][n_hidden]. Eight lanes a product.
-__device__ inline void hidden_dots(const prepare_job &job, const uint32_t *q_shared, int *dots)
+// One warp: depths of the linears from scales [groups] and sums [groups][n_hidden + 1]. Lane h < n_hidden adds up hidden unit h,
+// the next lane the squares.
+__device__ inline void decide(const prepare_job &job, const float *scales, const int *sums, uint8_t *depths)
 {
-    enum { SHARE = 8 };
-    const uint32_t part = threadIdx.x % SHARE, count = job.groups * job.n_hidden;
-    for (uint32_t first = 0; first < count; first += PREPARE_THREADS / SHARE) {
-        const uint32_t item = first + threadIdx.x / SHARE;
-        int dot = 0;
-        if (item < count) {
-            const uint32_t h = item / job.groups, g = item % job.groups;
-            const size_t row = (static_cast<size_t>(h) * job.groups + g) * MQ_GROUP_SIZE;
-            const int4 w = *reinterpret_cast<const int4 *>(job.router.hidden + row + part * 16);
-            const int4 x = *reinterpret_cast<const int4 *>(q_shared + g * (MQ_GROUP_SIZE / 4) + part * 4);
-            dot = __dp4a(w.x, x.x, __dp4a(w.y, x.y, __dp4a(w.z, x.z, __dp4a(w.w, x.w, 0))));
-        }
-        for (int step = SHARE / 2; step >= 1; step /= 2) {
-            dot += __shfl_xor_sync(ALL_LANES, dot, step);
-        }
-        if (item < count && part == 0) {
-            dots[item % job.groups * job.n_hidden + item / job.groups] = dot;
-        }
-    }
-}
-
-// One warp: depths of the linears from the products. Lane h < 16 adds up hidden unit h, lane 16 the squares.
-__device__ inline void decide(const prepare_job &job, const float *scales, const int *squares, const int *dots, uint8_t *depths)
-{
-    enum { SQUARES = LANES };
-    __shared__ float features[MQ_MAX_ROUTER_HIDDEN + 1];
+    __shared__ float features[MAX_SUMS];
     const uint32_t lane = threadIdx.x, hidden = job.n_hidden;
     float total = 0.0f;
-    if (lane < hidden || lane == SQUARES) {
+    if (lane <= hidden) {
 #pragma unroll 8
         for (uint32_t g = 0; g < job.groups; g++) {
             const float scale = scales[g];
-            const int dot = lane == SQUARES ? squares[g] : dots[g * hidden + lane];
-            total = fmaf(lane == SQUARES ? scale * scale : scale, static_cast<float>(dot), total);
+            total = fmaf(lane == hidden ? scale * scale : scale, static_cast<float>(sums[g * (hidden + 1) + lane]), total);
         }
     }
-    const float mean = __shfl_sync(ALL_LANES, total, SQUARES) / static_cast<float>(job.columns);
+    const float mean = __shfl_sync(ALL_LANES, total, static_cast<int>(hidden)) / static_cast<float>(job.columns);
     const float rms = sqrtf(mean + 1e-12f);
     if (lane < hidden) {
         const float v = total * job.router.hidden_scale[lane] / rms + job.router.hidden_bias[lane];
         features[lane] = v > 0.0f ? v : 0.0f;
-    } else if (lane == SQUARES) {
+    } else if (lane == hidden) {
         features[hidden] = static_cast<float>(log2(static_cast<double>(rms))); // rounded once, as on the CPU
     }
     __syncwarp();
-    const uint32_t gates = job.router.linears * MQ_GATES;
     int passes = 0;
-    if (lane < gates) {
+    if (lane < job.router.linears * MQ_GATES) {
         const float *head = job.router.head + lane * (hidden + 1);
         float score = 0.0f;
         for (uint32_t h = 0; h <= hidden; h++) {
@@ -183,37 +185,73 @@ __device__ inline void decide(const prepare_job &job, const float *scales, const
     }
 }
 
+// Grid (prepare_blocks, n).
 static __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_constant__ prepare_job job)
 {
-    float *piece = dynamic_shared<float>(); // NORM_PIECE
-    uint32_t *q_shared = reinterpret_cast<uint32_t *>(piece + NORM_PIECE);
-    float *scales = reinterpret_cast<float *>(q_shared + static_cast<size_t>(job.groups) * (MQ_GROUP_SIZE / 4));
-    int *squares = reinterpret_cast<int *>(scales + job.groups), *dots = squares + job.groups;
-    const uint32_t token = blockIdx.x, warp = threadIdx.x / WARP;
+    float *piece = dynamic_shared<float>();
+    const uint32_t token = blockIdx.y, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const uint32_t group = blockIdx.x * PREPARE_GROUPS + warp;
+    const bool routed = job.router.linears > 0 && job.state->routed; // neither changes during a pass
+    const uint32_t column = group * MQ_GROUP_SIZE + lane * 4;
+    const size_t row = static_cast<size_t>(token) * job.columns;
+    float x[4] = {0.0f, 0.0f, 0.0f, 0.0f}, other[4] = {0.0f, 0.0f, 0.0f, 0.0f}; // other: the norm's weights, or up
     pdl_launch();
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        if (job.norm != nullptr && column + i < job.columns) {
+            other[i] = job.norm[column + i];
+        }
+    }
+    if (routed && lane < job.n_hidden && group < job.groups) {
+        prefetch_l2(job.router.hidden + (static_cast<size_t>(lane) * job.groups + group) * MQ_GROUP_SIZE);
+    }
     pdl_wait();
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        if (column + i < job.columns) {
+            x[i] = job.x[row + column + i];
+            other[i] = job.up != nullptr ? job.up[row + column + i] : other[i];
+        }
+    }
     float factor = 1.0f;
     if (job.norm != nullptr) {
-        factor = norm_factor(job.x + static_cast<size_t>(token) * job.stride, job.columns, job.eps, piece);
+        factor = norm_factor(job.x + row, job.columns, job.eps, piece);
     }
-    for (uint32_t group = warp; group < job.groups; group += PREPARE_THREADS / WARP) {
-        quantize_group(job, token, group, factor, q_shared, scales, squares);
-    }
-    if (job.router.linears == 0) {
-        return;
+    int *sums = reinterpret_cast<int *>(piece) + job.groups, *mine = job.sums;
+    const bool alone = gridDim.x == 1;
+    mine = alone ? sums : mine + static_cast<size_t>(token) * job.groups * (job.n_hidden + 1);
+    if (group < job.groups) {
+        float scale;
+        int squares;
+        const uint32_t packed = quantize_group(job, token, group, factor, x, other, scale, squares);
+        if (routed) {
+            group_sums(job, group, packed, squares, mine + group * (job.n_hidden + 1));
+            if (alone && lane == 0) {
+                piece[group] = scale;
+            }
+        }
     }
     uint8_t *depths = job.depths + static_cast<size_t>(job.state->position + token) * job.depth_stride;
-    if (!job.state->routed) {
-        if (threadIdx.x < job.router.linears) {
+    if (!routed) {
+        if (blockIdx.x == 0 && threadIdx.x < job.router.linears) {
             depths[threadIdx.x] = job.table[threadIdx.x];
         }
         return;
     }
-    __syncthreads();
-    hidden_dots(job, q_shared, dots);
+    if (!alone) {
+        if (!arrives_last(job.arrived + token, gridDim.x)) {
+            return;
+        }
+        for (uint32_t i = threadIdx.x; i < job.groups; i += PREPARE_THREADS) {
+            piece[i] = __ldcg(job.scale + static_cast<size_t>(token) * job.groups + i);
+        }
+        for (uint32_t i = threadIdx.x; i < job.groups * (job.n_hidden + 1); i += PREPARE_THREADS) {
+            sums[i] = __ldcg(mine + i);
+        }
+    }
     __syncthreads();
     if (warp == 0) {
-        decide(job, scales, squares, dots, depths);
+        decide(job, piece, sums, depths);
     }
 }
 

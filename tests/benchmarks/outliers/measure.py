@@ -103,10 +103,8 @@ def _open_slices(path: Path, source: Source, device: str) -> dict[str, SlicedWei
 
 
 def _sensitivity(source: Source, windows: np.ndarray, device: str) -> Sensitivity:
-    embedding = source.embedding()
     draws = [
-        measure_sensitivity(source, embedding, windows.astype(np.int64), 1, seed, torch.device(device))
-        for seed in range(_DRAWS)
+        measure_sensitivity(source, windows.astype(np.int64), 1, seed, torch.device(device)) for seed in range(_DRAWS)
     ]
     rows = [
         [torch.stack(linear).mean(0) for linear in zip(*linears, strict=True)]
