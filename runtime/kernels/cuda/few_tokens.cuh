@@ -43,9 +43,35 @@ static __global__ void __launch_bounds__(SMALL_WARPS * 32) small(const __grid_co
     for (uint32_t n = 0; n < NT; n++) {
         column_depth[n] = depths[n * 8 + eighth];
     }
-    float y[EACH] = {};
+    // The outputs of this thread are of one row; rows and tokens past the end are computed as others and not stored.
+    static_assert(SMALL_WARPS * 32 % ROWS == 0, "a thread keeps its row");
+    const uint32_t my_row = threadIdx.x % ROWS, my_tile = tile + my_row / 16 < b.tiles[at] ? tile + my_row / 16 : tile;
+    const uint16_t *pairs = w.scale_offset + ((size_t)b.tile_begin[at] + my_tile) * groups * 2 * MQ_TILE_ROWS + my_row % 16;
+    const bool adds = threadIdx.x < ROWS * TOKENS;
+    float y[EACH] = {}, factor[EACH];
+    size_t token_at[EACH];
+#pragma unroll
+    for (uint32_t i = 0; i < EACH; i++) {
+        const uint32_t t = (threadIdx.x + i * SMALL_WARPS * 32) / ROWS;
+        token_at[i] = (size_t)(t < b.n ? t : 0) * groups;
+        factor[i] = depth_factor(t < b.n ? depths[t] : 1);
+    }
     for (uint32_t g0 = 0, turn = 0; g0 < groups; g0 += SMALL_WARPS, turn ^= 1) {
         const uint32_t g = g0 + warp;
+        // What the float steps of this turn need is asked for now and used after the products.
+        uint16_t scales[SMALL_WARPS], offsets[SMALL_WARPS];
+        float x_scale[EACH][SMALL_WARPS], x_sum[EACH][SMALL_WARPS];
+#pragma unroll
+        for (uint32_t k = 0; k < SMALL_WARPS; k++) {
+            const bool valid = adds && g0 + k < groups;
+            scales[k] = valid ? pairs[(g0 + k) * 2 * MQ_TILE_ROWS] : 0;
+            offsets[k] = valid ? pairs[(g0 + k) * 2 * MQ_TILE_ROWS + MQ_TILE_ROWS] : 0;
+#pragma unroll
+            for (uint32_t i = 0; i < EACH; i++) {
+                x_scale[i][k] = valid ? b.x.scale[token_at[i] + g0 + k] : 0.0f;
+                x_sum[i][k] = valid ? b.x.sum[token_at[i] + g0 + k] : 0.0f;
+            }
+        }
         if (g < groups) {
             uint32_t q[NT][2][4];
 #pragma unroll
@@ -109,18 +135,15 @@ static __global__ void __launch_bounds__(SMALL_WARPS * 32) small(const __grid_co
         }
         __syncthreads(); // the dots of the turn before last are read by now, so one barrier a turn is enough
 #pragma unroll
-        for (uint32_t i = 0; i < EACH; i++) {
-            const uint32_t output = threadIdx.x + i * SMALL_WARPS * 32, r = output % ROWS, t = output / ROWS;
-            if (t < b.n && tile + r / 16 < b.tiles[at]) {
-                const float factor = depth_factor(depths[t]);
-                const size_t place = ((size_t)b.tile_begin[at] + tile + r / 16) * groups + g0;
-                for (uint32_t k = 0; k < SMALL_WARPS && g0 + k < groups; k++) {
-                    const uint16_t *pair = w.scale_offset + (place + k) * 2 * MQ_TILE_ROWS + r % 16;
-                    const float step = f16_to_f32(pair[0]) * factor;
-                    const float base = fmaf(step, 0.5f, -f16_to_f32(pair[MQ_TILE_ROWS]));
-                    const size_t scale_at = (size_t)t * groups + g0 + k;
-                    y[i] = fmaf(step * b.x.scale[scale_at], (float)dots[turn][k][r * PAD + t], y[i]);
-                    y[i] = fmaf(base, b.x.sum[scale_at], y[i]);
+        for (uint32_t k = 0; k < SMALL_WARPS; k++) {
+            if (adds && g0 + k < groups) {
+                const float scale = f16_to_f32(scales[k]), offset = f16_to_f32(offsets[k]);
+#pragma unroll
+                for (uint32_t i = 0; i < EACH; i++) {
+                    const float step = scale * factor[i], base = fmaf(step, 0.5f, -offset);
+                    const int32_t dot = dots[turn][k][my_row * PAD + (threadIdx.x + i * SMALL_WARPS * 32) / ROWS];
+                    y[i] = fmaf(step * x_scale[i][k], (float)dot, y[i]);
+                    y[i] = fmaf(base, x_sum[i][k], y[i]);
                 }
             }
         }
@@ -129,7 +152,7 @@ static __global__ void __launch_bounds__(SMALL_WARPS * 32) small(const __grid_co
     for (uint32_t i = 0; i < EACH; i++) {
         const uint32_t output = threadIdx.x + i * SMALL_WARPS * 32, r = output % ROWS, t = output / ROWS;
         const uint32_t row = (b.tile_begin[at] + tile) * MQ_TILE_ROWS + r;
-        if (t < b.n && tile + r / 16 < b.tiles[at] && row < w.rows) {
+        if (adds && t < b.n && tile + r / 16 < b.tiles[at] && row < w.rows) {
             job.y[(size_t)t * job.y_stride + row] = y[i];
         }
     }

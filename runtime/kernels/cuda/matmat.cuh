@@ -75,7 +75,7 @@ inline gemm_launch choose_gemm()
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (major == 9 && minor == 0) {
-        return launch_wide<2, 2, 128, 3, false>;
+        return launch_wide<2, 2, 128, 4, true>;
     }
     return (size_t)shared >= gemm_shape<4, 2, 4>::SHARED ? launch_gemm<4, 2, 4, 1> : launch_gemm<4, 2, 2, 1>;
 }
