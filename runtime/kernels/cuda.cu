@@ -64,8 +64,8 @@ static int32_t open_checked(const mq_model *model, mq_cuda_model **out, mq_cuda_
     int32_t failed = open_model(model, out, message);
     if (failed == 0) {
         cudaError_t error = allow_shared(prepare, most_shared(model));
-        error = error == cudaSuccess ? allow_shared(matvec_one<SOME_WARPS>, sizeof(one_shared<SOME_WARPS>)) : error;
-        error = error == cudaSuccess ? allow_shared(matvec_one<MANY_WARPS>, sizeof(one_shared<MANY_WARPS>)) : error;
+        error = error == cudaSuccess ? allow_shared(matvec_one<SOME_WARPS>, one_bytes<SOME_WARPS>(MOST_QUANTIZED)) : error;
+        error = error == cudaSuccess ? allow_shared(matvec_one<MANY_WARPS>, one_bytes<MANY_WARPS>(MOST_QUANTIZED)) : error;
         error = error != cudaSuccess    ? error
                 : (*out)->staged ? allow_shared(attend_one<true>, attend_bytes(dim, true))
                                  : allow_shared(attend_one<false>, attend_bytes(dim, false));
@@ -89,6 +89,9 @@ static int32_t set_budget(mq_cuda_session *s, const float *thresholds, const uin
 {
     const size_t linears = static_cast<size_t>(s->model->host->hparams.block_count) * MQ_LINEARS;
     s->routed = thresholds != nullptr;
+    if (!s->routed) {
+        memcpy(s->table, table, linears);
+    }
     const cudaError_t error =
         s->routed ? cudaMemcpy(s->on.thresholds, thresholds, linears * MQ_GATES * sizeof(float), cudaMemcpyHostToDevice)
                   : cudaMemcpy(s->on.table, table, linears, cudaMemcpyHostToDevice);

@@ -83,13 +83,13 @@ static void start_linears(pass *p, matvec_job job, uint32_t n)
     for (uint32_t i = 0; i < job.count; i++) {
         job.first_block[i + 1] = job.first_block[i] + (matvec_blocks(job.matrix[i]) + each - 1) / each;
     }
-    const uint32_t grid = job.first_block[job.count];
+    const uint32_t grid = job.first_block[job.count], quantized = job.x != nullptr ? job.matrix[0].groups : 0;
     if (n > 1) {
         start(p, dim3(grid, (n + FEW_TOKENS - 1) / FEW_TOKENS), FEW_THREADS, 0, matvec_few, job);
     } else if (many) {
-        start(p, dim3(grid), MANY_WARPS * WARP, sizeof(one_shared<MANY_WARPS>), matvec_one<MANY_WARPS>, job);
+        start(p, dim3(grid), MANY_WARPS * WARP, one_bytes<MANY_WARPS>(quantized), matvec_one<MANY_WARPS>, job);
     } else {
-        start(p, dim3(grid), SOME_WARPS * WARP, sizeof(one_shared<SOME_WARPS>), matvec_one<SOME_WARPS>, job);
+        start(p, dim3(grid), SOME_WARPS * WARP, one_bytes<SOME_WARPS>(quantized), matvec_one<SOME_WARPS>, job);
     }
 }
 
@@ -108,31 +108,45 @@ static void start_many(pass *p, const matvec_job &job)
     }
 }
 
-// y of every linear that reads one input; with `add`, which takes one linear, x += y.
-static void start_point(pass *p, uint32_t block, uint32_t point, bool add, float *y0, float *y1 = nullptr, float *y2 = nullptr)
+// What the linears of one point read and write; with `add`, which takes one linear, x += y.
+struct point_io {
+    const float *x, *up, *norm; // up: of SwiGLU, whose gate is x, else NULL; norm: NULL where there is none
+    bool add;
+    float *y[MATVEC_JOBS];
+};
+
+static void start_point(pass *p, uint32_t block, uint32_t point, const point_io &io)
 {
     mq_cuda_session *s = p->s;
     const mq_block *weights = &s->model->blocks[block];
-    const bool many = p->n > MATVEC_MOST;
-    float *const outputs[MATVEC_JOBS] = {many && add ? s->on.branch : y0, y1, y2};
+    const mq_matrix *first = &weights->linear[FIRST_LINEAR[point]];
+    const bool many = p->n > MATVEC_MOST, alone = p->n == 1 && !s->routed && io.up == nullptr && first->groups <= MOST_QUANTIZED;
     matvec_job job = {};
     job.count = weights->router[point].linears;
     for (uint32_t i = 0; i < job.count; i++) {
-        job.matrix[i] = weights->linear[FIRST_LINEAR[point] + i];
-        job.y[i] = outputs[i];
+        job.matrix[i] = first[i];
+        job.y[i] = many && io.add ? s->on.branch : io.y[i];
     }
     job.depth_stride = s->model->host->hparams.block_count * MQ_LINEARS;
     job.depths = s->on.depths + static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
-    job.add = add;
+    job.add = io.add;
+    if (alone) {
+        job.x = io.x;
+        job.norm = io.norm;
+        job.eps = s->model->host->hparams.rms_epsilon;
+        job.table = s->on.table + static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
+    } else {
+        start_prepare(p, block, point, io.x, io.up, first->columns, io.norm, nullptr, p->n);
+    }
     if (!many) {
         start_linears(p, job, p->n);
         return;
     }
     start_many(p, job);
-    if (add) {
-        const uint32_t count = p->n * job.matrix[0].rows;
-        start(p, dim3((count + END_THREADS - 1) / END_THREADS), END_THREADS, 0, add_rows, y0, static_cast<const float *>(s->on.branch),
-              count);
+    if (io.add) {
+        const uint32_t count = p->n * first->rows;
+        start(p, dim3((count + END_THREADS - 1) / END_THREADS), END_THREADS, 0, add_rows, io.y[0],
+              static_cast<const float *>(s->on.branch), count);
     }
 }
 
@@ -183,20 +197,15 @@ static void start_blocks(pass *p)
     mq_cuda_session *s = p->s;
     const mq_hparams &hp = s->model->host->hparams;
     const session_buffers &on = s->on;
-    const uint32_t width = hp.embedding_length, q_width = hp.head_count * hp.head_dim;
     start(p, dim3(p->n), END_THREADS, 0, embed, s->model->embedding, hp.embedding_depth, on.x,
           static_cast<const control *>(on.state));
     for (uint32_t i = 0; i < hp.block_count; i++) {
         const mq_block *block = &s->model->blocks[i];
-        start_prepare(p, i, 0, on.x, nullptr, width, block->attn_norm, nullptr, p->n);
-        start_point(p, i, 0, false, on.q, on.k, on.v);
+        start_point(p, i, 0, {on.x, nullptr, block->attn_norm, false, {on.q, on.k, on.v}});
         start_attention(p, i);
-        start_prepare(p, i, 1, on.attended, nullptr, q_width, nullptr, nullptr, p->n);
-        start_point(p, i, 1, true, on.x);
-        start_prepare(p, i, 2, on.x, nullptr, width, block->ffn_norm, nullptr, p->n);
-        start_point(p, i, 2, false, on.gate, on.up);
-        start_prepare(p, i, 3, on.gate, on.up, hp.feed_forward_length, nullptr, nullptr, p->n);
-        start_point(p, i, 3, true, on.x);
+        start_point(p, i, 1, {on.attended, nullptr, nullptr, true, {on.x}});
+        start_point(p, i, 2, {on.x, nullptr, block->ffn_norm, false, {on.gate, on.up}});
+        start_point(p, i, 3, {on.gate, on.up, nullptr, true, {on.x}});
     }
 }
 
@@ -234,8 +243,8 @@ static cudaError_t find_graph(mq_cuda_session *s, graph_kind kind, uint32_t seen
     while ((1u << size) < needed) {
         size++;
     }
-    cudaGraphExec_t &graph = s->graph[kind][size];
-    if (graph != nullptr && (kind == GRAPH_PLAIN || s->graph_depth[kind][size] == depth)) {
+    cudaGraphExec_t &graph = s->graph[s->routed][kind][size];
+    if (graph != nullptr && (kind == GRAPH_PLAIN || s->graph_depth[s->routed][kind][size] == depth)) {
         *out = graph;
         return cudaSuccess;
     }
@@ -263,7 +272,7 @@ static cudaError_t find_graph(mq_cuda_session *s, graph_kind kind, uint32_t seen
     if (recorded != nullptr) {
         (void)cudaGraphDestroy(recorded);
     }
-    s->graph_depth[kind][size] = depth;
+    s->graph_depth[s->routed][kind][size] = depth;
     *out = graph;
     return p.error;
 }
@@ -318,7 +327,10 @@ static void give_depths(pass *p, uint32_t position, uint32_t n, uint8_t *depths)
 {
     mq_cuda_session *s = p->s;
     const size_t row = static_cast<size_t>(s->model->host->hparams.block_count) * MQ_LINEARS;
-    if (p->error == cudaSuccess) {
+    for (uint32_t i = 0; i < n && !s->routed; i++) {
+        memcpy(depths + i * row, s->table, row);
+    }
+    if (p->error == cudaSuccess && s->routed) {
         p->error = cudaMemcpyAsync(depths, s->on.depths + position * row, n * row, cudaMemcpyDeviceToHost, s->stream);
     }
     if (p->error == cudaSuccess) {

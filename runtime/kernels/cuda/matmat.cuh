@@ -71,7 +71,7 @@ inline gemm_launch choose_gemm()
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (major == 9 && minor == 0) {
-        return launch_wide<2, 2, 128, 3, false>;
+        return launch_wide<2, 2, 128, 4>;
     }
     return (size_t)shared >= gemm_shape<4, 2, 4>::SHARED ? launch_gemm<4, 2, 4, 1> : launch_gemm<4, 2, 2, 1>;
 }
@@ -83,7 +83,6 @@ inline size_t mq_cuda_matmat_workspace(uint32_t n, size_t rows, size_t groups)
 {
     return mq::MAX_JOBS * mq::sorted_bytes(n) + (rows / MQ_TILE_ROWS + mq::LEAST_TILES) * groups * mq::CODE_BYTES;
 }
-
 
 inline cudaError_t mq_cuda_matmat(const mq_cuda_job *jobs, uint32_t count, const mq_activations &x, uint32_t n, void *workspace,
                                   size_t workspace_bytes, cudaStream_t stream)

@@ -12,6 +12,7 @@
 #include "control.cuh"
 #include "kernels.h"
 #include "keys.h"
+#include "quantize.cuh"
 
 enum { BLOCK_ROWS = 32, FEW_WARPS = 8, FEW_THREADS = FEW_WARPS * WARP, FEW_TOKENS = 8, MATVEC_MOST = 16, MATVEC_JOBS = 3 };
 
@@ -23,6 +24,9 @@ struct matvec_job {
     uint32_t count, n;
     const int8_t *q;                     // [n][groups·128]
     const float *scale, *sum;            // [n][groups]
+    const float *x, *norm;               // of one token and an unrouted budget: the input itself, quantised here, and its norm if
+    float eps;                           //   it has one; NULL: q, scale and sum
+    const uint8_t *table;                // with x: depths, of the first linear
     const uint8_t *depths;               // [positions][depth_stride], of the first linear; NULL: fixed_depth
     uint32_t depth_stride, fixed_depth;
     bool add;                            // y += product
@@ -36,7 +40,8 @@ __host__ __device__ inline uint32_t matvec_blocks(const mq_matrix &w)
 
 __device__ inline uint32_t depth_of_token(const matvec_job &job, uint32_t linear, uint32_t token)
 {
-    return job.depths == nullptr ? job.fixed_depth
+    return job.x != nullptr        ? job.table[linear]
+           : job.depths == nullptr ? job.fixed_depth
                                  : job.depths[static_cast<size_t>(job.state->position + token) * job.depth_stride + linear];
 }
 
@@ -168,6 +173,51 @@ struct one_shared {
     float y[BLOCK_ROWS];
 };
 
+// One token's activations, in global or in shared memory.
+struct quantized {
+    const int8_t *q;
+    const float *scale, *sum;
+};
+
+enum { MOST_QUANTIZED = 64 }; // groups of an input that is quantised where it is multiplied
+
+template <uint32_t WARPS>
+static size_t one_bytes(uint32_t groups_quantized)
+{
+    return sizeof(one_shared<WARPS>) + groups_quantized * (MQ_GROUP_SIZE + 2 * sizeof(float));
+}
+
+// Every block of threads norms and quantises the input for itself: that takes less time than another kernel would. A warp does the
+// groups that it will multiply.
+template <uint32_t WARPS>
+__device__ inline quantized quantize_input(const matvec_job &job, uint32_t columns, uint32_t groups, one_shared<WARPS> &s)
+{
+    static_assert(sizeof s.term >= NORM_PIECE * sizeof(float), "the terms' place holds a piece of the input before");
+    const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    uint32_t *q = reinterpret_cast<uint32_t *>(&s + 1);
+    float *scales = reinterpret_cast<float *>(q + groups * (MQ_GROUP_SIZE / 4)), *sums = scales + groups;
+    const float factor = job.norm == nullptr ? 1.0f : norm_factor(job.x, columns, job.eps, reinterpret_cast<float *>(s.term));
+#pragma unroll 4
+    for (uint32_t g = warp; g < groups; g += WARPS) {
+        const uint32_t first = g * MQ_GROUP_SIZE + lane * 4;
+        float v[4], scale;
+        int total, squares;
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) {
+            const bool inside = first + i < columns;
+            v[i] = inside ? job.x[first + i] : 0.0f;
+            v[i] = inside && job.norm != nullptr ? v[i] * factor * job.norm[first + i] : v[i];
+        }
+        q[g * (MQ_GROUP_SIZE / 4) + lane] = quantize_warp(v, scale, total, squares);
+        if (lane == 0) {
+            scales[g] = scale;
+            sums[g] = scale * static_cast<float>(total);
+        }
+    }
+    __syncwarp();
+    return {reinterpret_cast<const int8_t *>(q), scales, sums};
+}
+
 // One group on its way to a warp.
 template <int D>
 struct group_loads {
@@ -180,7 +230,7 @@ struct group_loads {
 // flight while these are multiplied and added up.
 template <int D, uint32_t WARPS>
 __device__ inline void one_product(const matvec_job &job, uint32_t linear, uint32_t begin, uint32_t stride,
-                                   const uint4 (&early)[EARLY][2], one_shared<WARPS> &s)
+                                   const quantized &x, const uint4 (&early)[EARLY][2], one_shared<WARPS> &s)
 {
     constexpr uint32_t UNROLL = unroll_of(D), GROUPS = UNROLL * WARPS;
     const mq_matrix &w = job.matrix[linear];
@@ -192,9 +242,9 @@ __device__ inline void one_product(const matvec_job &job, uint32_t linear, uint3
         for (uint32_t u = 0; u < UNROLL; u++) {
             const uint32_t g = first + u * WARPS + warp;
             if (g < groups) {
-                load_activations(job.q, g, in[u].x);
-                in[u].scale = job.scale[g];
-                in[u].sum = job.sum[g];
+                load_activations(x.q, g, in[u].x);
+                in[u].scale = x.scale[g];
+                in[u].sum = x.sum[g];
             }
         }
     };
@@ -289,11 +339,15 @@ static __global__ void __launch_bounds__(WARPS * WARP, WARPS == SOME_WARPS ? 2 :
         }
     }
     pdl_wait();
+    quantized x = {job.q, job.scale, job.sum};
+    if (job.x != nullptr) {
+        x = quantize_input(job, w.columns, w.groups, shared);
+    }
     switch (depth_of_token(job, linear, 0)) {
-    case 1: one_product<1>(job, linear, begin, stride, early, shared); break;
-    case 2: one_product<2>(job, linear, begin, stride, early, shared); break;
-    case 3: one_product<3>(job, linear, begin, stride, early, shared); break;
-    default: one_product<4>(job, linear, begin, stride, early, shared); break;
+    case 1: one_product<1>(job, linear, begin, stride, x, early, shared); break;
+    case 2: one_product<2>(job, linear, begin, stride, x, early, shared); break;
+    case 3: one_product<3>(job, linear, begin, stride, x, early, shared); break;
+    default: one_product<4>(job, linear, begin, stride, x, early, shared); break;
     }
 }
 

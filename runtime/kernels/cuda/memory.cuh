@@ -58,8 +58,9 @@ struct mq_cuda_session {
     bool routed;
     cudaStream_t stream;
     cudaEvent_t begin, end;
-    cudaGraphExec_t graph[GRAPH_KINDS][GRAPH_SIZES];
-    uint32_t graph_depth[GRAPH_KINDS][GRAPH_SIZES]; // of the output head, as recorded
+    cudaGraphExec_t graph[2][GRAPH_KINDS][GRAPH_SIZES];     // unrouted and routed
+    uint32_t graph_depth[2][GRAPH_KINDS][GRAPH_SIZES];      // of the output head, as recorded
+    uint8_t *table;                  // [block][7] of an unrouted budget, the host's copy
     uint8_t *memory;
     size_t cache_bytes, workspace_bytes, codes_bytes;
     session_buffers on;
@@ -280,13 +281,13 @@ static void close_session(mq_cuda_session *s)
     if (s == nullptr) {
         return;
     }
-    for (size_t kind = 0; kind < GRAPH_KINDS; kind++) {
-        for (size_t size = 0; size < GRAPH_SIZES; size++) {
-            if (s->graph[kind][size] != nullptr) {
-                (void)cudaGraphExecDestroy(s->graph[kind][size]);
-            }
+    for (size_t i = 0; i < sizeof s->graph / sizeof s->graph[0][0][0]; i++) {
+        cudaGraphExec_t graph = (&s->graph[0][0][0])[i];
+        if (graph != nullptr) {
+            (void)cudaGraphExecDestroy(graph);
         }
     }
+    delete[] s->table;
     if (s->begin != nullptr) {
         (void)cudaEventDestroy(s->begin);
     }
@@ -309,6 +310,11 @@ static int32_t open_session(mq_cuda_model *model, const mq_cuda_session_options 
     mq_cuda_session *s = new (std::nothrow) mq_cuda_session();
     if (s == nullptr) {
         return fail(message, "a session", cudaErrorMemoryAllocation);
+    }
+    s->table = new (std::nothrow) uint8_t[static_cast<size_t>(hp.block_count) * MQ_LINEARS]();
+    if (s->table == nullptr) {
+        close_session(s);
+        return fail(message, "a session's table", cudaErrorMemoryAllocation);
     }
     s->model = model;
     s->n_ctx = options->n_ctx;

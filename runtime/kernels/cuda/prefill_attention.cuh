@@ -54,62 +54,46 @@ __device__ inline float decay(float x)
     return p * __int_as_float((__float_as_int(shifted) + 127) << 23);
 }
 
-// 16 f16 on their way from the cache to a panel.
-struct halves {
-    uint4 first, second;
-};
-
-__device__ inline halves fetch(const uint16_t *from, bool valid)
-{
-    halves h = {};
-    if (valid) {
-        h.first = reinterpret_cast<const uint4 *>(from)[0];
-        h.second = reinterpret_cast<const uint4 *>(from)[1];
-    }
-    return h;
-}
-
-__device__ inline void store_pair(float *to, uint32_t pair)
-{
-    to[0] = f16_to_f32((uint16_t)(pair & 0xffffu));
-    to[1] = f16_to_f32((uint16_t)(pair >> 16));
-}
-
-__device__ inline void put(float *to, const halves &h)
-{
-    const uint32_t words[8] = {h.first.x, h.first.y, h.first.z, h.first.w, h.second.x, h.second.y, h.second.z, h.second.w};
-#pragma unroll
-    for (uint32_t i = 0; i < 4; i++) {
-        float four[4];
-        store_pair(four, words[2 * i]);
-        store_pair(four + 2, words[2 * i + 1]);
-        reinterpret_cast<float4 *>(to)[i] = {four[0], four[1], four[2], four[3]};
-    }
-}
-
-// The next panel while this one is used: a thread brings 16 columns of one line, or of as many lines as there are panels of
-// threads.
+// The next panel while this one is used: a thread brings pieces of 8 columns, 16 to a line.
 template <uint32_t THREADS>
 struct panel_loader {
-    static constexpr uint32_t LINES = DEEP * 8 / THREADS;
-    halves next[LINES];
+    static constexpr uint32_t PIECES = DEEP * WIDE / 8 / THREADS, LINES = THREADS / 16; // of a thread; at once
+    uint4 next[PIECES];
 
-    // line(k): the thread's 16 columns of line k
+    static __device__ uint32_t column()
+    {
+        return threadIdx.x % 16 * 8;
+    }
+
+    // line(k): where the thread's columns of line k are, NULL for zeros
     template <typename Line>
     __device__ void fetch_next(uint32_t first, const Line &line)
     {
 #pragma unroll
-        for (uint32_t i = 0; i < LINES; i++) {
-            next[i] = line(first + i * (DEEP / LINES) + threadIdx.x / 8);
+        for (uint32_t i = 0; i < PIECES; i++) {
+            const uint16_t *from = line(first + i * LINES + threadIdx.x / 16);
+            next[i] = from == nullptr ? uint4{0, 0, 0, 0} : *reinterpret_cast<const uint4 *>(from);
         }
     }
 
+    // Half of the lanes begin with their second four columns, so that they meet other banks.
     __device__ void put_into(float (&panel)[DEEP][WIDE]) const
     {
+        const bool swap = threadIdx.x / 4 % 2 == 1;
 #pragma unroll
-        for (uint32_t i = 0; i < LINES; i++) {
-            put(panel[i * (DEEP / LINES) + threadIdx.x / 8] + threadIdx.x % 8 * 16, next[i]);
+        for (uint32_t i = 0; i < PIECES; i++) {
+            float *to = panel[i * LINES + threadIdx.x / 16] + column();
+            const uint4 h = next[i];
+            const float4 low = widen(swap ? h.z : h.x, swap ? h.w : h.y), high = widen(swap ? h.x : h.z, swap ? h.y : h.w);
+            *reinterpret_cast<float4 *>(to + (swap ? 4 : 0)) = low;
+            *reinterpret_cast<float4 *>(to + (swap ? 0 : 4)) = high;
         }
+    }
+
+    static __device__ float4 widen(uint32_t first, uint32_t second)
+    {
+        return {f16_to_f32((uint16_t)(first & 0xffffu)), f16_to_f32((uint16_t)(first >> 16)), f16_to_f32((uint16_t)(second & 0xffffu)),
+                f16_to_f32((uint16_t)(second >> 16))};
     }
 };
 
@@ -174,11 +158,10 @@ __device__ inline void score_block(attend_shared<ROWS> &s, const float (*query)[
                                    uint32_t left, float scale, uint32_t wide, uint32_t across, uint32_t down)
 {
     outputs<COLUMNS> score = {};
-    const uint32_t at = threadIdx.x % 8 * 16; // of the positions, in the thread's part of a panel
     panel_loader<ROWS * 2> loader;
-    const auto key = [&](uint32_t deep) {
-        return fetch(keys + (size_t)at * dim + deep * 16, at < 16 * COLUMNS && at < left && deep < dim);
-    };
+    const uint32_t at = loader.column();
+    keys += (size_t)(at / 16 * 16) * dim + at % 16;
+    const auto key = [&](uint32_t deep) { return at < 16 * COLUMNS && at < left && deep < dim ? keys + deep * 16 : nullptr; };
     loader.fetch_next(0, key);
     for (uint32_t first = 0, turn = 0; first < dim; first += DEEP, turn ^= 1) {
         loader.put_into(s.panel[turn]);
@@ -255,8 +238,10 @@ static __global__ void __launch_bounds__(ROWS * 2, 128 / ROWS) prefill_attention
         // Weights: positions that a row does not see get 0.
         const uint32_t seen = my_sees <= begin ? 0 : my_sees - begin < length ? my_sees - begin : length;
         float most = -INFINITY;
-        for (uint32_t p = my_half; p < seen; p += 2) {
-            most = s.weight[p][my_row] > most ? s.weight[p][my_row] : most;
+#pragma unroll 16
+        for (uint32_t p = my_half * (CHUNK / 2); p < (my_half + 1) * (CHUNK / 2); p++) {
+            const float score = s.weight[p][my_row];
+            most = p < seen && score > most ? score : most;
         }
         s.exchange[my_half][my_row] = most;
         __syncthreads();
@@ -264,14 +249,16 @@ static __global__ void __launch_bounds__(ROWS * 2, 128 / ROWS) prefill_attention
         float lanes[8] = {};
         const uint32_t whole = (length + DEEP - 1) / DEEP * DEEP;
         for (uint32_t first = my_half * 8; first < whole; first += LANES) {
+            float weight[8];
 #pragma unroll
             for (uint32_t i = 0; i < 8; i++) {
-                float weight = 0.0f;
-                if (first + i < seen) {
-                    weight = decay(s.weight[first + i][my_row] - most);
-                    lanes[i] += weight;
-                }
-                s.weight[first + i][my_row] = weight;
+                weight[i] = s.weight[first + i][my_row] - most;
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < 8; i++) {
+                weight[i] = first + i < seen ? decay(weight[i]) : 0.0f;
+                lanes[i] += weight[i];
+                s.weight[first + i][my_row] = weight[i];
             }
         }
         // fold: lanes i and i + 8 are of different threads, the rest of one
@@ -306,12 +293,11 @@ static __global__ void __launch_bounds__(ROWS * 2, 128 / ROWS) prefill_attention
         }
         // Values: a panel is DEEP positions of 16·COLUMNS dimensions.
         outputs<COLUMNS> sum = {};
-        const uint32_t piece = thread % 8 * 16;
         panel_loader<THREADS> loader;
-        const auto value = [&](uint32_t deep) {
-            return fetch(values + (size_t)(begin + deep) * padded + piece,
-                         piece < 16 * COLUMNS && first_dim + piece < padded && deep < length);
-        };
+        const uint32_t column = loader.column();
+        const uint16_t *from = values + (size_t)begin * padded + column;
+        const bool used = column < 16 * COLUMNS && first_dim + column < padded;
+        const auto value = [&](uint32_t deep) { return used && deep < length ? from + (size_t)deep * padded : nullptr; };
         loader.fetch_next(0, value);
         __syncthreads(); // the panel's use for the fold is over
         for (uint32_t first = 0, turn = 0; first < length; first += DEEP, turn ^= 1) {

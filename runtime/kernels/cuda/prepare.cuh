@@ -8,10 +8,11 @@
 
 #include "arithmetic.cuh"
 #include "control.cuh"
+#include "quantize.cuh"
 #include "model.h"
 #include "router.h"
 
-enum { PREPARE_GROUPS = 32, PREPARE_THREADS = PREPARE_GROUPS * WARP, NORM_PIECE = 4096, MAX_SUMS = MQ_MAX_ROUTER_HIDDEN + 1 };
+enum { PREPARE_GROUPS = 32, PREPARE_THREADS = PREPARE_GROUPS * WARP, MAX_SUMS = MQ_MAX_ROUTER_HIDDEN + 1 };
 
 struct prepare_job {
     const float *x, *up; // [n][columns]; up: of SwiGLU, whose gate is x, else NULL
@@ -44,75 +45,23 @@ static inline size_t prepare_shared(uint32_t groups, uint32_t n_hidden)
     return norm > all ? norm : all;
 }
 
-// 1 / sqrt(mean of squares + eps), the same in every thread.
-__device__ inline float norm_factor(const float *x, uint32_t columns, float eps, float *piece)
-{
-    __shared__ float factor;
-    float lane = 0.0f;
-    for (uint32_t first = 0; first < columns; first += NORM_PIECE) {
-        const uint32_t count = columns - first < NORM_PIECE ? columns - first : NORM_PIECE;
-        for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
-            piece[i] = x[first + i];
-        }
-        __syncthreads();
-        if (threadIdx.x < LANES) {
-#pragma unroll 32
-            for (uint32_t i = threadIdx.x; i < count; i += LANES) {
-                lane = fmaf(piece[i], piece[i], lane);
-            }
-        }
-        __syncthreads();
-    }
-    if (threadIdx.x < WARP) {
-        const float total = fold_lanes(lane);
-        if (threadIdx.x == 0) {
-            factor = 1.0f / sqrtf(total / static_cast<float>(columns) + eps);
-        }
-    }
-    __syncthreads();
-    return factor;
-}
-
-// One warp: four columns a lane. Returns the lane's four codes.
+// One warp: four columns a lane. Returns the lane's four codes; the scale and the sum of squares are of the group.
 __device__ inline uint32_t quantize_group(const prepare_job &job, uint32_t token, uint32_t group, float factor,
                                           const float (&x)[4], const float (&other)[4], float &scale, int &squares)
 {
     const uint32_t lane = threadIdx.x % WARP, first = group * MQ_GROUP_SIZE + lane * 4;
-    const size_t row = static_cast<size_t>(token) * job.columns;
+    const size_t row = static_cast<size_t>(token) * job.columns, at = static_cast<size_t>(token) * job.groups + group;
     float v[4];
-    float largest = 0.0f;
+#pragma unroll
     for (uint32_t i = 0; i < 4; i++) {
-        const uint32_t c = first + i;
-        v[i] = 0.0f;
-        if (c < job.columns) {
-            v[i] = job.norm != nullptr ? x[i] * factor * other[i] : job.up != nullptr ? swiglu(x[i], other[i]) : x[i];
-            if (job.normed != nullptr) {
-                job.normed[row + c] = v[i];
-            }
+        const bool inside = first + i < job.columns;
+        v[i] = !inside ? 0.0f : job.norm != nullptr ? x[i] * factor * other[i] : job.up != nullptr ? swiglu(x[i], other[i]) : x[i];
+        if (inside && job.normed != nullptr) {
+            job.normed[row + first + i] = v[i];
         }
-        largest = fmaxf(largest, fabsf(v[i]));
     }
-    largest = largest_of_warp(largest);
-    uint32_t packed = 0;
-    int total = 0;
-    squares = 0;
-    scale = 0.0f;
-    if (largest >= MQ_QUANTIZE_MIN) {
-        const float inverse = MQ_QUANTIZE_MAX / largest;
-        for (uint32_t i = 0; i < 4; i++) {
-            float scaled = v[i] * inverse;
-            scaled = scaled < MQ_QUANTIZE_MAX ? scaled : MQ_QUANTIZE_MAX; // a NaN becomes 127
-            scaled = scaled > -MQ_QUANTIZE_MAX ? scaled : -MQ_QUANTIZE_MAX;
-            const int code = first + i < job.columns ? static_cast<int>(rintf(scaled)) : 0;
-            packed |= (static_cast<uint32_t>(code) & 255u) << (8 * i);
-            total += code;
-            squares += code * code;
-        }
-        scale = largest / MQ_QUANTIZE_MAX;
-    }
-    total = sum_warp(total);
-    squares = sum_warp(squares);
-    const size_t at = static_cast<size_t>(token) * job.groups + group;
+    int total;
+    const uint32_t packed = quantize_warp(v, scale, total, squares);
     reinterpret_cast<uint32_t *>(job.q)[at * (MQ_GROUP_SIZE / 4) + lane] = packed;
     if (lane == 0) {
         job.scale[at] = scale;

@@ -22,9 +22,8 @@ struct alignas(1024) wide_stage {
 };
 
 // GROUPS warpgroups multiply blocks of GROUPS·64 rows and PIECES·PIECE tokens, PIECE at a time.
-template <uint32_t GROUPS_, uint32_t PIECES_, uint32_t PIECE_, uint32_t STAGES_, bool EXACT_ADD_>
+template <uint32_t GROUPS_, uint32_t PIECES_, uint32_t PIECE_, uint32_t STAGES_>
 struct wide_shape {
-    static constexpr bool EXACT_ADD = EXACT_ADD_;
     static constexpr uint32_t GROUPS = GROUPS_, PIECES = PIECES_, PIECE = PIECE_, STAGES = STAGES_;
     static constexpr uint32_t ROWS = GROUPS * GROUP_ROWS, TOKENS = PIECES * PIECE, THREADS = (GROUPS + 1) * GROUP_THREADS;
     // Registers of a thread that multiplies and of one that copies; a multiprocessor has 512 for each place in a warpgroup.
@@ -39,44 +38,56 @@ struct wide_barriers {
 
 #ifdef MQ_WARPGROUPS
 
-// The copying warpgroup: stage after stage, as soon as the others are done with it.
+// The copying warpgroup: stage after stage, as soon as the others are done with it. Rows and tokens past the end are copies of the
+// last and not stored.
 template <typename S>
 __device__ inline void wide_copy(const batch &b, row_block rows, token_block tokens, typename S::stage *stages, wide_barriers *barriers)
 {
-    constexpr uint32_t TILES = S::ROWS / MQ_TILE_ROWS, TILE_PIECES = CODE_BYTES / 16;
-    const uint32_t thread = threadIdx.x % GROUP_THREADS, last = b.tiles[rows.job] - 1 - rows.tile, groups = b.groups;
+    constexpr uint32_t TILES = S::ROWS / MQ_TILE_ROWS, AT_ONCE = GROUP_THREADS / 8, MINE = (S::TOKENS + GROUP_THREADS - 1) / GROUP_THREADS;
+    const uint32_t thread = threadIdx.x % GROUP_THREADS, piece = thread % 8, groups = b.groups;
     const uint32_t *order = b.tokens[rows.job].order + tokens.begin;
-    const uint8_t *codes = b.codes[rows.job] + (size_t)rows.tile * groups * CODE_BYTES + thread * 16;
-    const uint8_t *pairs = reinterpret_cast<const uint8_t *>(b.job[rows.job].matrix.scale_offset) +
-                           ((size_t)b.tile_begin[rows.job] + rows.tile) * groups * 64 + thread % 4 * 16;
+    const auto token = [&](uint32_t slot) { return order[slot < tokens.count ? slot : tokens.count - 1]; };
+    // In pieces of 16 bytes, of the activations that this thread copies; and whose scales and sums.
+    uint32_t from[S::TOKENS / AT_ONCE], factors[MINE];
+#pragma unroll
+    for (uint32_t i = 0; i < S::TOKENS / AT_ONCE; i++) {
+        from[i] = token(thread / 8 + i * AT_ONCE) * groups * (MQ_GROUP_SIZE / 16) + piece;
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < MINE; i++) {
+        factors[i] = token(thread + i * GROUP_THREADS) * groups;
+    }
+    const uint32_t last = b.tiles[rows.job] - 1 - rows.tile, tile = thread < last ? thread : last;
+    const uint8_t *codes = b.codes[rows.job] + (size_t)(rows.tile + tile) * groups * CODE_BYTES;
+    const uint16_t *pairs = b.job[rows.job].matrix.scale_offset +
+                            ((size_t)b.tile_begin[rows.job] + rows.tile + tile) * groups * 2 * MQ_TILE_ROWS;
     for (uint32_t g = 0; g < groups; g++) {
         const uint32_t at = g % S::STAGES;
         typename S::stage &to = stages[at];
         if (g >= S::STAGES) {
             barrier_wait(&barriers[at].empty, (g / S::STAGES - 1) % 2);
         }
-#pragma unroll 4
-        for (uint32_t tile = 0; tile < TILES; tile++) { // rows past the end are not stored
-            const uint32_t from = tile < last ? tile : last;
-            static_assert(TILE_PIECES == GROUP_THREADS, "a thread copies a piece of every tile");
-            copy_async<16>(to.codes[tile] + thread * 16, codes + ((size_t)from * groups + g) * CODE_BYTES, true);
+        if (thread == 0) {
+            barrier_expect(&barriers[at].full, TILES * (CODE_BYTES + sizeof to.scale_offset[0]));
         }
-#pragma unroll 4
-        for (uint32_t slot = thread / 8; slot < S::TOKENS; slot += GROUP_THREADS / 8) {
-            const bool valid = slot < tokens.count;
-            const size_t from = ((size_t)(valid ? order[slot] : 0) * groups + g) * MQ_GROUP_SIZE;
-            copy_async<16>(to.q[slot] + (thread % 8 ^ slot % 8) * 16, b.x.q + from + thread % 8 * 16, valid);
+        __syncwarp();
+        if (thread < TILES) {
+            copy_bulk(to.codes[thread], codes + (size_t)g * CODE_BYTES, CODE_BYTES, &barriers[at].full);
+            copy_bulk(to.scale_offset[thread], pairs + g * 2 * MQ_TILE_ROWS, sizeof to.scale_offset[0], &barriers[at].full);
         }
-        if (thread / 4 < TILES) {
-            const uint32_t tile = thread / 4, from = tile < last ? tile : last;
-            copy_async<16>(reinterpret_cast<uint8_t *>(to.scale_offset[tile]) + thread % 4 * 16, pairs + ((size_t)from * groups + g) * 64,
-                           true);
+        const int8_t *q = b.x.q + (size_t)g * MQ_GROUP_SIZE;
+#pragma unroll
+        for (uint32_t i = 0; i < S::TOKENS / AT_ONCE; i++) { // a step of AT_ONCE, 16 tokens, keeps token % 8
+            const uint32_t slot = thread / 8 + i * AT_ONCE;
+            copy_async<16>(to.q[slot] + (piece ^ thread / 8 % 8) * 16, q + (size_t)from[i] * 16, true);
         }
-        for (uint32_t slot = thread; slot < S::TOKENS; slot += GROUP_THREADS) {
-            const bool valid = slot < tokens.count;
-            const size_t from = (size_t)(valid ? order[slot] : 0) * groups + g;
-            copy_async<4>(&to.factors[slot / 2][slot % 2], b.x.scale + from, valid);
-            copy_async<4>(&to.factors[slot / 2][2 + slot % 2], b.x.sum + from, valid);
+#pragma unroll
+        for (uint32_t i = 0; i < MINE; i++) {
+            const uint32_t slot = thread + i * GROUP_THREADS;
+            if (slot < S::TOKENS) {
+                copy_async<4>(&to.factors[slot / 2][slot % 2], b.x.scale + factors[i] + g, true);
+                copy_async<4>(&to.factors[slot / 2][2 + slot % 2], b.x.sum + factors[i] + g, true);
+            }
         }
         barrier_arrive_copied(&barriers[at].full);
     }
@@ -114,16 +125,10 @@ __device__ inline void wide_multiply(float (&y)[S::PIECES][S::PIECE / 2], uint32
 #pragma unroll
         for (uint32_t piece = 0; piece < S::PIECES; piece++) {
             int32_t dot[S::PIECE / 2];
-            if constexpr (S::EXACT_ADD) {
-#pragma unroll
-                for (uint32_t i = 0; i < S::PIECE / 2; i++) {
-                    dot[i] = MAGIC_BITS;
-                }
-            }
             warpgroup_begin();
 #pragma unroll
             for (uint32_t f = 0; f < 4; f++) {
-                warpgroup_multiply(dot, a[f], warpgroup_matrix(s.q[piece * S::PIECE], f), S::EXACT_ADD || f > 0);
+                warpgroup_multiply(dot, a[f], warpgroup_matrix(s.q[piece * S::PIECE], f), f > 0);
             }
             warpgroup_end();
 #pragma unroll
@@ -131,7 +136,7 @@ __device__ inline void wide_multiply(float (&y)[S::PIECES][S::PIECE / 2], uint32
                 const float4 factors = *reinterpret_cast<const float4 *>(s.factors[piece * S::PIECE / 2 + n * 4 + lane % 4]);
 #pragma unroll
                 for (uint32_t k = 0; k < 4; k++) {
-                    const float exact = S::EXACT_ADD ? __int_as_float(dot[4 * n + k]) - MAGIC : (float)dot[4 * n + k];
+                    const float exact = (float)dot[4 * n + k];
                     float &out = y[piece][4 * n + k];
                     out = fmaf(step[k / 2] * (k % 2 ? factors.y : factors.x), exact, out);
                     out = fmaf(base[k / 2], k % 2 ? factors.w : factors.z, out);
@@ -159,7 +164,7 @@ static __global__ void __launch_bounds__(S::THREADS, 1) wide_gemm(const __grid_c
         return;
     }
     if (threadIdx.x < S::STAGES) {
-        barrier_set(&barriers[threadIdx.x].full, GROUP_THREADS);
+        barrier_set(&barriers[threadIdx.x].full, GROUP_THREADS + 1); // and the one that expects bytes
         barrier_set(&barriers[threadIdx.x].empty, S::GROUPS * GROUP_THREADS);
     }
     __syncthreads();
@@ -196,10 +201,10 @@ static __global__ void __launch_bounds__(S::THREADS, 1) wide_gemm(const __grid_c
 #endif
 }
 
-template <uint32_t GROUPS, uint32_t PIECES, uint32_t PIECE, uint32_t STAGES, bool EXACT_ADD>
+template <uint32_t GROUPS, uint32_t PIECES, uint32_t PIECE, uint32_t STAGES>
 inline cudaError_t launch_wide(const batch &b, cudaStream_t stream)
 {
-    using shape = wide_shape<GROUPS, PIECES, PIECE, STAGES, EXACT_ADD>;
+    using shape = wide_shape<GROUPS, PIECES, PIECE, STAGES>;
     const uint32_t token_blocks = (b.n + shape::TOKENS - 1) / shape::TOKENS + MQ_SLICE_COUNT - 1;
     const uint32_t blocks = count_row_blocks(b, shape::ROWS) * token_blocks;
     const cudaError_t status = allow_shared(wide_gemm<shape>, shape::SHARED);

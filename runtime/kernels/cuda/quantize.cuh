@@ -1,0 +1,72 @@
+// quantize.cuh: the norm's factor by a block of threads, and the quantisation of a group of 128 columns by a warp, with the bits of
+// kernels/scalar.c.
+#ifndef MQ_CUDA_QUANTIZE_H
+#define MQ_CUDA_QUANTIZE_H
+
+#include "arithmetic.cuh"
+#include "keys.h"
+
+enum { NORM_PIECE = 4096 };
+
+// 1 / sqrt(mean of squares + eps), the same in every thread.
+__device__ inline float norm_factor(const float *x, uint32_t columns, float eps, float *piece)
+{
+    __shared__ float factor;
+    float lane = 0.0f;
+    for (uint32_t first = 0; first < columns; first += NORM_PIECE) {
+        const uint32_t count = columns - first < NORM_PIECE ? columns - first : NORM_PIECE;
+        for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
+            piece[i] = x[first + i];
+        }
+        __syncthreads();
+        if (threadIdx.x < LANES) {
+#pragma unroll 32
+            for (uint32_t i = threadIdx.x; i < count; i += LANES) {
+                lane = fmaf(piece[i], piece[i], lane);
+            }
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x < WARP) {
+        const float total = fold_lanes(lane);
+        if (threadIdx.x == 0) {
+            factor = 1.0f / sqrtf(total / static_cast<float>(columns) + eps);
+        }
+    }
+    __syncthreads();
+    return factor;
+}
+
+// Four columns a lane, those past the end 0. Returns the lane's four codes; scale, total and squares are of the group.
+__device__ inline uint32_t quantize_warp(const float (&v)[4], float &scale, int &total, int &squares)
+{
+    float largest = 0.0f;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        largest = fmaxf(largest, fabsf(v[i]));
+    }
+    largest = largest_of_warp(largest);
+    uint32_t packed = 0;
+    total = 0;
+    squares = 0;
+    scale = 0.0f;
+    if (largest >= MQ_QUANTIZE_MIN) {
+        const float inverse = MQ_QUANTIZE_MAX / largest;
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) {
+            float scaled = v[i] * inverse;
+            scaled = scaled < MQ_QUANTIZE_MAX ? scaled : MQ_QUANTIZE_MAX; // a NaN becomes 127
+            scaled = scaled > -MQ_QUANTIZE_MAX ? scaled : -MQ_QUANTIZE_MAX;
+            const int code = static_cast<int>(rintf(scaled));
+            packed |= (static_cast<uint32_t>(code) & 255u) << (8 * i);
+            total += code;
+            squares += code * code;
+        }
+        scale = largest / MQ_QUANTIZE_MAX;
+    }
+    total = sum_warp(total);
+    squares = sum_warp(squares);
+    return packed;
+}
+
+#endif
