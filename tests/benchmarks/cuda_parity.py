@@ -2,8 +2,8 @@
 
     python tests/benchmarks/cuda_parity.py FILE.gguf TEXT [--windows N] [--repeats N]
 
-Both evaluate the same windows; NMSE is the squared difference of the logits over their squares. The generation is compared
-with the CPU's and repeated: the hash names what every repeat gave. The exit status is 0 when every bit is equal.
+Both evaluate the same windows; NMSE is the squared difference of the logits over their squares. The generation is
+compared with the CPU's and repeated: the hash names what every repeat gave. The exit status is 0 when all is equal.
 """
 
 from __future__ import annotations
