@@ -17,6 +17,7 @@
 struct pass {
     mq_cuda_session *s;
     uint32_t n, chunks, position; // tokens; chunks of positions that the kernels are started for; of more than one token, where
+    uint32_t output_depth;        // of one token: of the head that follows, 0 for none
     cudaError_t error;
 };
 
@@ -108,6 +109,42 @@ static void start_many(pass *p, const matvec_job &job)
     }
 }
 
+// The first rows of `count` linears: as many bytes as memory brings while no kernel reads.
+static coming_linears asked_ahead(const mq_matrix *matrix, uint32_t count, const uint8_t *table, uint32_t depth)
+{
+#ifndef MQ_AHEAD
+#define MQ_AHEAD (16 << 20)
+#endif
+    enum { AHEAD = MQ_AHEAD }; // bytes
+    coming_linears coming = {};
+    uint64_t rows = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        rows += matrix[i].rows;
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        coming.matrix[i] = matrix[i];
+        coming.most[i] = static_cast<uint32_t>(AHEAD * matrix[i].rows / rows);
+    }
+    coming.count = count;
+    coming.table = table;
+    coming.depth = depth;
+    return coming;
+}
+
+// Of a pass of one token, what `point` of a block multiplies with; past the last block the output head.
+static coming_linears what_comes(const pass *p, uint32_t block, uint32_t point)
+{
+    const mq_cuda_session *s = p->s;
+    const mq_cuda_model *model = s->model;
+    if (block == model->host->hparams.block_count) {
+        return asked_ahead(&model->output, p->output_depth > 0 ? 1 : 0, nullptr, p->output_depth);
+    }
+    const size_t linear = static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
+    const mq_block *weights = &model->blocks[block];
+    // What a router will ask for is not known, but for the first slice.
+    return asked_ahead(&weights->linear[FIRST_LINEAR[point]], weights->router[point].linears, s->routed ? nullptr : s->on.table + linear, 1);
+}
+
 // What the linears of one point read and write; with `add`, which takes one linear, x += y.
 struct point_io {
     const float *x, *up, *norm; // up: of SwiGLU, whose gate is x, else NULL; norm: NULL where there is none
@@ -139,6 +176,9 @@ static void start_point(pass *p, uint32_t block, uint32_t point, const point_io 
         start_prepare(p, block, point, io.x, io.up, first->columns, io.norm, nullptr, p->n);
     }
     if (!many) {
+        if (p->n == 1 && s->model->pdl) {
+            job.coming = what_comes(p, point + 1 == MQ_ROUTERS ? block + 1 : block, (point + 1) % MQ_ROUTERS);
+        }
         start_linears(p, job, p->n);
         return;
     }
@@ -252,7 +292,7 @@ static cudaError_t find_graph(mq_cuda_session *s, graph_kind kind, uint32_t seen
         (void)cudaGraphExecDestroy(graph);
         graph = nullptr;
     }
-    pass p = {s, 1, 1u << size < s->chunks ? 1u << size : s->chunks, 0, cudaSuccess};
+    pass p = {s, 1, 1u << size < s->chunks ? 1u << size : s->chunks, 0, kind == GRAPH_PLAIN ? 0 : depth, cudaSuccess};
     p.error = cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeThreadLocal);
     if (p.error != cudaSuccess) {
         return p.error;
@@ -341,7 +381,7 @@ static void give_depths(pass *p, uint32_t position, uint32_t n, uint8_t *depths)
 static int32_t forward(mq_cuda_session *s, const int32_t *tokens, uint32_t n, uint32_t position, const mq_cuda_output *output,
                        mq_cuda_message *message)
 {
-    pass p = {s, n, s->chunks, position, cudaSuccess};
+    pass p = {s, n, s->chunks, position, 0, cudaSuccess};
     p.error = put_control(s, tokens, n, position);
     if (n == 1 && p.error == cudaSuccess) {
         cudaGraphExec_t graph = nullptr;
@@ -361,7 +401,7 @@ static int32_t forward(mq_cuda_session *s, const int32_t *tokens, uint32_t n, ui
 static int32_t greedy(mq_cuda_session *s, int32_t token, uint32_t n, uint32_t position, uint32_t output_depth, int32_t *chosen,
                       uint8_t *depths, float *milliseconds, mq_cuda_message *message)
 {
-    pass p = {s, 1, s->chunks, position, cudaSuccess};
+    pass p = {s, 1, s->chunks, position, 0, cudaSuccess};
     cudaGraphExec_t graph = nullptr;
     p.error = find_graph(s, GRAPH_GREEDY, position + n, output_depth, &graph);
     p.error = p.error == cudaSuccess ? put_control(s, &token, 1, position) : p.error;

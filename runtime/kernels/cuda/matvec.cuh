@@ -16,6 +16,15 @@
 
 enum { BLOCK_ROWS = 32, FEW_WARPS = 8, FEW_THREADS = FEW_WARPS * WARP, FEW_TOKENS = 8, MATVEC_MOST = 16, MATVEC_JOBS = 3 };
 
+// Linears of the next kernel that multiplies, whose first rows are asked for while this one ends: from then until it multiplies
+// itself memory would be idle.
+struct coming_linears {
+    mq_matrix matrix[MATVEC_JOBS];
+    uint32_t most[MATVEC_JOBS]; // bytes of a linear
+    uint32_t count, depth;
+    const uint8_t *table;       // depths, of the first linear; NULL: `depth`
+};
+
 // Up to three linears that read the same activations.
 struct matvec_job {
     mq_matrix matrix[MATVEC_JOBS];
@@ -30,6 +39,7 @@ struct matvec_job {
     const uint8_t *depths;               // [positions][depth_stride], of the first linear; NULL: fixed_depth
     uint32_t depth_stride, fixed_depth;
     bool add;                            // y += product
+    coming_linears coming;
     const control *state;
 };
 
@@ -133,6 +143,30 @@ __device__ inline void load_activations(const int8_t *q, uint32_t group, uint4 (
     const uint4 *at = reinterpret_cast<const uint4 *>(q + static_cast<size_t>(group) * MQ_GROUP_SIZE) + threadIdx.x % 4;
     x[0] = at[0];
     x[1] = at[4];
+}
+
+// One warp's part of what is asked for ahead: a lane has a slice, or the scales, of a linear.
+__device__ inline void ask_ahead(const coming_linears &coming)
+{
+    enum { PARTS = MQ_SLICE_COUNT + 1, PIECE = 16384, LINE = 128 };
+    const uint32_t lane = threadIdx.x % WARP, linear = lane / PARTS, part = lane % PARTS;
+    if (linear >= coming.count) {
+        return;
+    }
+    const mq_matrix &w = coming.matrix[linear];
+    const uint32_t depth = coming.table == nullptr ? coming.depth : coming.table[linear];
+    const bool scales = part == MQ_SLICE_COUNT;
+    if (!scales && part >= depth) {
+        return;
+    }
+    const uint8_t *from = scales ? reinterpret_cast<const uint8_t *>(w.scale_offset) : w.plane[part];
+    const size_t all = static_cast<size_t>(w.tiles) * w.groups * MQ_TILE_BYTES, most = coming.most[linear] / depth;
+    const size_t wanted = (all < most ? all : most / MQ_TILE_BYTES * MQ_TILE_BYTES) / (scales ? 8 : 1);
+    const size_t each = (wanted / gridDim.x + LINE) / LINE * LINE, begin = blockIdx.x * each;
+    const size_t end = begin + each < wanted ? begin + each : wanted;
+    for (size_t at = begin; at < end; at += PIECE) {
+        prefetch_block(from + at, static_cast<uint32_t>(end - at < PIECE ? end - at : PIECE));
+    }
 }
 
 __device__ inline uint32_t linear_of_block(const matvec_job &job, uint32_t block)
@@ -296,6 +330,8 @@ __device__ inline void one_product(const matvec_job &job, uint32_t linear, uint3
             if (!same_x) {
                 load_x(next_first);
             }
+        } else if (warp == WARPS - 1) {
+            ask_ahead(job.coming);
         }
         __syncthreads();
         if (warp == turn % WARPS) { // the others go on: the terms of the turn after next wait for the next barrier
