@@ -58,14 +58,37 @@ static const char *refuses(const mq_model *model)
     return nullptr;
 }
 
+// Which linears make one token's input ready themselves: those whose input and router fit in a block's shared memory.
+static cudaError_t plan_inputs(mq_cuda_model *model)
+{
+    const mq_hparams &hp = model->host->hparams;
+    size_t most[2] = {0, 0};
+    int room = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+    for (uint32_t point = 0; point < MQ_ROUTERS && error == cudaSuccess; point++) {
+        input_job input = {};
+        input.router = model->host->blocks[0].router[point];
+        input.groups = input.router.groups;
+        input.n_hidden = hp.router_hidden;
+        input.x = point == MQ_GATED ? nullptr : model->output_norm; // any
+        const size_t some = one_bytes<SOME_WARPS>(input), many = one_bytes<MANY_WARPS>(input);
+        model->ready_here[point] = point != MQ_GATED && input.groups <= MOST_QUANTIZED && many + STATIC_SHARED <= static_cast<size_t>(room);
+        if (model->ready_here[point] || point == MQ_GATED) {
+            most[0] = some > most[0] ? some : most[0];
+            most[1] = many > most[1] ? many : most[1];
+        }
+    }
+    error = error == cudaSuccess ? allow_shared(matvec_one<SOME_WARPS>, most[0]) : error;
+    return error == cudaSuccess ? allow_shared(matvec_one<MANY_WARPS>, most[1]) : error;
+}
+
 static int32_t open_checked(const mq_model *model, mq_cuda_model **out, mq_cuda_message *message)
 {
     const uint32_t dim = model->hparams.head_dim;
     int32_t failed = open_model(model, out, message);
     if (failed == 0) {
         cudaError_t error = allow_shared(prepare, most_shared(model));
-        error = error == cudaSuccess ? allow_shared(matvec_one<SOME_WARPS>, one_bytes<SOME_WARPS>(MOST_QUANTIZED)) : error;
-        error = error == cudaSuccess ? allow_shared(matvec_one<MANY_WARPS>, one_bytes<MANY_WARPS>(MOST_QUANTIZED)) : error;
+        error = error == cudaSuccess ? plan_inputs(*out) : error;
         error = error != cudaSuccess    ? error
                 : (*out)->staged ? allow_shared(attend_one<true>, attend_bytes(dim, true))
                                  : allow_shared(attend_one<false>, attend_bytes(dim, false));

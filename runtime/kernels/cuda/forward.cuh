@@ -65,14 +65,17 @@ static void start_prepare(pass *p, uint32_t block, uint32_t point, const float *
     start(p, dim3(prepare_blocks(job.groups), n), PREPARE_THREADS, prepare_shared(job.groups, job.n_hidden), prepare, job);
 }
 
-// The linears that `job` lists, of n tokens.
+// The linears that `job` lists, of n tokens whose input another kernel has quantised, unless job.input says otherwise.
 static void start_linears(pass *p, matvec_job job, uint32_t n)
 {
     mq_cuda_session *s = p->s;
     job.n = n;
-    job.q = s->on.activations;
-    job.scale = s->on.scale;
-    job.sum = s->on.sum;
+    if (job.input.x == nullptr && job.input.q == nullptr) {
+        job.input.q = s->on.activations;
+        job.input.scale = s->on.scale;
+        job.input.sum = s->on.sum;
+    }
+    job.input.groups = job.matrix[0].groups;
     job.state = s->on.state;
     uint32_t blocks = 0; // of rows
     for (uint32_t i = 0; i < job.count; i++) {
@@ -84,13 +87,13 @@ static void start_linears(pass *p, matvec_job job, uint32_t n)
     for (uint32_t i = 0; i < job.count; i++) {
         job.first_block[i + 1] = job.first_block[i] + (matvec_blocks(job.matrix[i]) + each - 1) / each;
     }
-    const uint32_t grid = job.first_block[job.count], quantized = job.x != nullptr ? job.matrix[0].groups : 0;
+    const uint32_t grid = job.first_block[job.count];
     if (n > 1) {
         start(p, dim3(grid, (n + FEW_TOKENS - 1) / FEW_TOKENS), FEW_THREADS, 0, matvec_few, job);
     } else if (many) {
-        start(p, dim3(grid), MANY_WARPS * WARP, one_bytes<MANY_WARPS>(quantized), matvec_one<MANY_WARPS>, job);
+        start(p, dim3(grid), MANY_WARPS * WARP, one_bytes<MANY_WARPS>(job.input), matvec_one<MANY_WARPS>, job);
     } else {
-        start(p, dim3(grid), SOME_WARPS * WARP, one_bytes<SOME_WARPS>(quantized), matvec_one<SOME_WARPS>, job);
+        start(p, dim3(grid), SOME_WARPS * WARP, one_bytes<SOME_WARPS>(job.input), matvec_one<SOME_WARPS>, job);
     }
 }
 
@@ -145,6 +148,44 @@ static coming_linears what_comes(const pass *p, uint32_t block, uint32_t point)
     return asked_ahead(&weights->linear[FIRST_LINEAR[point]], weights->router[point].linears, s->routed ? nullptr : s->on.table + linear, 1);
 }
 
+enum { MQ_GATED = 3 }; // the point whose input is gate and up
+
+// Of one token: what the linears of a point read, all but x and its norm.
+static input_job input_of(const mq_cuda_session *s, uint32_t block, uint32_t point)
+{
+    const mq_hparams &hp = s->model->host->hparams;
+    const mq_block *weights = &s->model->blocks[block];
+    const size_t linear = static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
+    input_job input = {};
+    input.columns = weights->router[point].columns;
+    input.groups = weights->router[point].groups;
+    input.eps = hp.rms_epsilon;
+    if (point == MQ_GATED) {
+        input.q = s->on.gated;
+        input.scale = s->on.gated_scale;
+        input.sum = s->on.gated_sum;
+        input.sums = s->on.sums;
+    }
+    if (s->routed) {
+        input.router = weights->router[point];
+        input.thresholds = s->on.thresholds + linear * MQ_GATES;
+    }
+    input.n_hidden = hp.router_hidden;
+    input.max_depth = s->model->host->info.max_depth;
+    input.depths = s->on.depths + linear;
+    input.depth_stride = hp.block_count * MQ_LINEARS;
+    input.state = s->on.state;
+    return input;
+}
+
+// Where gate and up of one token leave the input of the linear after them.
+static gated_job gated_of(const mq_cuda_session *s, uint32_t block)
+{
+    const mq_router &router = s->model->blocks[block].router[MQ_GATED];
+    return {s->on.gated, s->on.gated_scale, s->on.gated_sum, s->on.arrived_groups, s->routed ? router.hidden : nullptr,
+            s->model->host->hparams.router_hidden, router.groups, s->on.sums};
+}
+
 // What the linears of one point read and write; with `add`, which takes one linear, x += y.
 struct point_io {
     const float *x, *up, *norm; // up: of SwiGLU, whose gate is x, else NULL; norm: NULL where there is none
@@ -157,23 +198,27 @@ static void start_point(pass *p, uint32_t block, uint32_t point, const point_io 
     mq_cuda_session *s = p->s;
     const mq_block *weights = &s->model->blocks[block];
     const mq_matrix *first = &weights->linear[FIRST_LINEAR[point]];
-    const bool many = p->n > MATVEC_MOST, alone = p->n == 1 && !s->routed && io.up == nullptr && first->groups <= MOST_QUANTIZED;
+    const bool many = p->n > MATVEC_MOST, alone = p->n == 1 && (point == MQ_GATED || s->model->ready_here[point]);
     matvec_job job = {};
     job.count = weights->router[point].linears;
     for (uint32_t i = 0; i < job.count; i++) {
         job.matrix[i] = first[i];
         job.y[i] = many && io.add ? s->on.branch : io.y[i];
     }
+    const size_t linear = static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
     job.depth_stride = s->model->host->hparams.block_count * MQ_LINEARS;
-    job.depths = s->on.depths + static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
+    job.depths = s->on.depths + linear;
     job.add = io.add;
     if (alone) {
-        job.x = io.x;
-        job.norm = io.norm;
-        job.eps = s->model->host->hparams.rms_epsilon;
-        job.table = s->on.table + static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
+        job.input = input_of(s, block, point);
+        job.input.x = point == MQ_GATED ? nullptr : io.x;
+        job.input.norm = io.norm;
+        job.table = s->routed ? nullptr : s->on.table + linear;
     } else {
         start_prepare(p, block, point, io.x, io.up, first->columns, io.norm, nullptr, p->n);
+    }
+    if (p->n == 1 && point + 1 == MQ_GATED) {
+        job.gated = gated_of(s, block);
     }
     if (!many) {
         if (p->n == 1 && s->model->pdl) {

@@ -9,10 +9,9 @@
 #define MQ_CUDA_MATVEC_H
 
 #include "arithmetic.cuh"
-#include "control.cuh"
+#include "input.cuh"
 #include "kernels.h"
 #include "keys.h"
-#include "quantize.cuh"
 
 enum { BLOCK_ROWS = 32, FEW_WARPS = 8, FEW_THREADS = FEW_WARPS * WARP, FEW_TOKENS = 8, MATVEC_MOST = 16, MATVEC_JOBS = 3 };
 
@@ -25,21 +24,30 @@ struct coming_linears {
     const uint8_t *table;       // depths, of the first linear; NULL: `depth`
 };
 
+// Of two linears that are gate and up of one token: the input of the linear after them, made ready a group of 128 at a time by the
+// warp that ends its last rows.
+struct gated_job {
+    int8_t *q; // [groups·128]; NULL: not wanted
+    float *scale, *sum;
+    uint32_t *arrived;    // [groups] blocks of rows that are written, 0 again at the end
+    const int8_t *hidden; // of that linear's router, NULL: not routed
+    uint32_t n_hidden, groups;
+    int *sums;            // [groups][n_hidden + 1]
+};
+
 // Up to three linears that read the same activations.
 struct matvec_job {
     mq_matrix matrix[MATVEC_JOBS];
     float *y[MATVEC_JOBS];               // [n][rows]
     uint32_t first_block[MATVEC_JOBS + 1];
     uint32_t count, n;
-    const int8_t *q;                     // [n][groups·128]
-    const float *scale, *sum;            // [n][groups]
-    const float *x, *norm;               // of one token and an unrouted budget: the input itself, quantised here, and its norm if
-    float eps;                           //   it has one; NULL: q, scale and sum
-    const uint8_t *table;                // with x: depths, of the first linear
+    input_job input;                     // of several tokens, quantised: rows of q, scale and sum
+    const uint8_t *table;                // depths of an unrouted budget, of the first linear; NULL:
     const uint8_t *depths;               // [positions][depth_stride], of the first linear; NULL: fixed_depth
     uint32_t depth_stride, fixed_depth;
     bool add;                            // y += product
     coming_linears coming;
+    gated_job gated;
     const control *state;
 };
 
@@ -50,9 +58,9 @@ __host__ __device__ inline uint32_t matvec_blocks(const mq_matrix &w)
 
 __device__ inline uint32_t depth_of_token(const matvec_job &job, uint32_t linear, uint32_t token)
 {
-    return job.x != nullptr        ? job.table[linear]
+    return job.table != nullptr    ? job.table[linear]
            : job.depths == nullptr ? job.fixed_depth
-                                 : job.depths[static_cast<size_t>(job.state->position + token) * job.depth_stride + linear];
+                                   : job.depths[static_cast<size_t>(job.state->position + token) * job.depth_stride + linear];
 }
 
 // Words of slices 1..D, 4 rows × 4 columns of fields each, to codes Q_D: byte c of out[j] is that of column 4·j + c.
@@ -205,51 +213,16 @@ template <uint32_t WARPS>
 struct one_shared {
     float4 term[2][MOST_UNROLL * WARPS][BLOCK_ROWS]; // of a row and group: scale · scale of x, base, product, sum of x
     float y[BLOCK_ROWS];
+    uint8_t depth[16]; // as routed here
 };
+// then the places of input.cuh
 
-// One token's activations, in global or in shared memory.
-struct quantized {
-    const int8_t *q;
-    const float *scale, *sum;
-};
-
-enum { MOST_QUANTIZED = 64 }; // groups of an input that is quantised where it is multiplied
+enum { STATIC_SHARED = 2048 }; // bytes that the kernel's own variables take at most, the system's with them
 
 template <uint32_t WARPS>
-static size_t one_bytes(uint32_t groups_quantized)
+static size_t one_bytes(const input_job &input)
 {
-    return sizeof(one_shared<WARPS>) + groups_quantized * (MQ_GROUP_SIZE + 2 * sizeof(float));
-}
-
-// Every block of threads norms and quantises the input for itself: that takes less time than another kernel would. A warp does the
-// groups that it will multiply.
-template <uint32_t WARPS>
-__device__ inline quantized quantize_input(const matvec_job &job, uint32_t columns, uint32_t groups, one_shared<WARPS> &s)
-{
-    static_assert(sizeof s.term >= NORM_PIECE * sizeof(float), "the terms' place holds a piece of the input before");
-    const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    uint32_t *q = reinterpret_cast<uint32_t *>(&s + 1);
-    float *scales = reinterpret_cast<float *>(q + groups * (MQ_GROUP_SIZE / 4)), *sums = scales + groups;
-    const float factor = job.norm == nullptr ? 1.0f : norm_factor(job.x, columns, job.eps, reinterpret_cast<float *>(s.term));
-#pragma unroll 4
-    for (uint32_t g = warp; g < groups; g += WARPS) {
-        const uint32_t first = g * MQ_GROUP_SIZE + lane * 4;
-        float v[4], scale;
-        int total, squares;
-#pragma unroll
-        for (uint32_t i = 0; i < 4; i++) {
-            const bool inside = first + i < columns;
-            v[i] = inside ? job.x[first + i] : 0.0f;
-            v[i] = inside && job.norm != nullptr ? v[i] * factor * job.norm[first + i] : v[i];
-        }
-        q[g * (MQ_GROUP_SIZE / 4) + lane] = quantize_warp(v, scale, total, squares);
-        if (lane == 0) {
-            scales[g] = scale;
-            sums[g] = scale * static_cast<float>(total);
-        }
-    }
-    __syncwarp();
-    return {reinterpret_cast<const int8_t *>(q), scales, sums};
+    return sizeof(one_shared<WARPS>) + places_of(input).end;
 }
 
 // One group on its way to a warp.
@@ -259,6 +232,47 @@ struct group_loads {
     float scale, sum;
     uint16_t step, offset;
 };
+
+// One warp, after the 32 rows of a block of gate or up: makes ready the group of the next input when they were its last.
+__device__ inline void end_gated(const matvec_job &job, uint32_t block)
+{
+    constexpr uint32_t EACH = MQ_GROUP_SIZE / BLOCK_ROWS;
+    const gated_job &to = job.gated;
+    const uint32_t lane = threadIdx.x % WARP, group = block / EACH, left = matvec_blocks(job.matrix[0]) - group * EACH;
+    const uint32_t parts = 2 * (left < EACH ? left : EACH);
+    uint32_t before = 0;
+    if (lane == 0) {
+        before = atomicInc(to.arrived + group, parts - 1);
+    }
+    if (__shfl_sync(ALL_LANES, before, 0) != parts - 1) {
+        return;
+    }
+    __threadfence();
+    const uint32_t columns = job.matrix[0].rows, first = group * MQ_GROUP_SIZE + lane * 4;
+    float gate[4], up[4], v[4], scale;
+    int total, squares;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        const bool inside = first + i < columns;
+        gate[i] = inside ? __ldcg(job.y[0] + first + i) : 0.0f;
+        up[i] = inside ? __ldcg(job.y[1] + first + i) : 0.0f;
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        v[i] = first + i < columns ? swiglu(gate[i], up[i]) : 0.0f;
+    }
+    const uint32_t packed = quantize_warp(v, scale, total, squares);
+    reinterpret_cast<uint32_t *>(to.q)[group * (MQ_GROUP_SIZE / 4) + lane] = packed;
+    if (lane == 0) {
+        to.scale[group] = scale;
+        to.sum[group] = scale * static_cast<float>(total);
+    }
+    if (to.hidden != nullptr) {
+        const size_t row = static_cast<size_t>(to.groups) * (MQ_GROUP_SIZE / 4);
+        const uint32_t *hidden = reinterpret_cast<const uint32_t *>(to.hidden) + group * (MQ_GROUP_SIZE / 4) + lane;
+        group_sums(hidden, row, to.n_hidden, packed, squares, to.sums + group * (to.n_hidden + 1));
+    }
+}
 
 // Row blocks begin, begin + stride, ... of a linear: the loads of the next groups, of the next rows when these have no more, are in
 // flight while these are multiplied and added up.
@@ -374,16 +388,42 @@ static __global__ void __launch_bounds__(WARPS * WARP, WARPS == SOME_WARPS ? 2 :
             early[u][1] = load_stream(at + MQ_TILE_BYTES / 2);
         }
     }
-    pdl_wait();
-    quantized x = {job.q, job.scale, job.sum};
-    if (job.x != nullptr) {
-        x = quantize_input(job, w.columns, w.groups, shared);
+    const input_job &input = job.input;
+    const input_places at = places_of(input);
+    uint8_t *memory = reinterpret_cast<uint8_t *>(&shared + 1);
+    held_norm held;
+    bring_router(input, at, memory);
+    hold_norm<WARPS>(input, held);
+    if (job.gated.hidden != nullptr && threadIdx.x == 0) { // the rows that end_gated() will want, a part by each block
+        const uint32_t all = job.gated.n_hidden * job.gated.groups * MQ_GROUP_SIZE, each = (all / gridDim.x / 16 + 1) * 16;
+        if (blockIdx.x * each < all) {
+            const uint32_t from = blockIdx.x * each;
+            prefetch_block(job.gated.hidden + from, all - from < each ? all - from : each);
+        }
     }
-    switch (depth_of_token(job, linear, 0)) {
+    pdl_wait();
+    quantized x = {input.q, input.scale, input.sum};
+    if (input.x != nullptr) {
+        constexpr uint32_t PIECE = MOST_UNROLL * WARPS * BLOCK_ROWS * 4; // the terms of a second turn
+        x = quantize_input<WARPS, PIECE>(input, held, at, memory, reinterpret_cast<float *>(shared.term[1]));
+    }
+    const bool routed = input.router.linears > 0;
+    if (routed) {
+        route_input(input, at, memory, shared.depth);
+    }
+    switch (routed ? shared.depth[linear] : depth_of_token(job, linear, 0)) {
     case 1: one_product<1>(job, linear, begin, stride, x, early, shared); break;
     case 2: one_product<2>(job, linear, begin, stride, x, early, shared); break;
     case 3: one_product<3>(job, linear, begin, stride, x, early, shared); break;
     default: one_product<4>(job, linear, begin, stride, x, early, shared); break;
+    }
+    if (job.gated.q != nullptr) {
+        const uint32_t blocks = matvec_blocks(w), step = WARPS * stride;
+        __threadfence();
+        __syncthreads(); // the rows of every block are written
+        for (uint32_t block = begin + threadIdx.x / WARP * stride; block < blocks; block += step) {
+            end_gated(job, block);
+        }
     }
 }
 
@@ -438,7 +478,7 @@ static __global__ void __launch_bounds__(FEW_THREADS) matvec_few(const __grid_co
         }
     }
     const uint32_t own = lane / 4 < tokens ? lane / 4 : 0; // the token whose activations this lane brings
-    const int8_t *q = job.q + static_cast<size_t>(begin + own) * groups * MQ_GROUP_SIZE;
+    const int8_t *q = job.input.q + static_cast<size_t>(begin + own) * groups * MQ_GROUP_SIZE;
     const uint32_t mine = warp < tokens ? depth_of_token(job, linear, begin + warp) : 1;
     for (uint32_t first = 0, chunk = 0; first < groups; first += FEW_GROUPS, chunk++) {
         const uint32_t half = chunk % 2;
@@ -469,8 +509,8 @@ static __global__ void __launch_bounds__(FEW_THREADS) matvec_few(const __grid_co
             float y = chunk == 0 ? 0.0f : s.y[warp][lane];
             for (uint32_t i = 0; i < count; i++) {
                 const float step = s.scale[half][i][lane] * factor;
-                y = fmaf(step * job.scale[at + i], s.product[half][i][warp][lane], y);
-                y = fmaf(fmaf(step, 0.5f, -s.offset[half][i][lane]), job.sum[at + i], y);
+                y = fmaf(step * job.input.scale[at + i], s.product[half][i][warp][lane], y);
+                y = fmaf(fmaf(step, 0.5f, -s.offset[half][i][lane]), job.input.sum[at + i], y);
             }
             s.y[warp][lane] = y;
         }

@@ -17,6 +17,7 @@ struct mq_cuda_model {
     const mq_model *host;
     uint32_t multiprocessors;
     bool staged;         // a chunk of keys and values fits in a block's shared memory
+    bool ready_here[MQ_ROUTERS]; // of one token: the linears of this point make their input ready themselves
     bool pdl;            // this GPU starts kernels before the one before them has ended
     uint8_t *weights;    // the file from its first tensor on
     size_t bytes;
@@ -39,7 +40,9 @@ struct session_buffers {
     float *branch;                // [B][E] what a sub-layer adds to x
     uint8_t *codes;               // workspace of matmat.cuh
     int *sums;                    // [B][widest groups][n_hidden + 1]
-    uint32_t *arrived_tokens, *arrived_heads; // [B], [heads]
+    int8_t *gated;                // [groups·128] of F, one token's
+    float *gated_scale, *gated_sum; // [groups] of F
+    uint32_t *arrived_tokens, *arrived_heads, *arrived_groups; // [B], [heads], [groups] of F
     float *cosine, *sine;         // [n_ctx][head_dim / 2]
     uint8_t *depths;              // [n_ctx][block][7]
     float *thresholds;            // [block][7][3]
@@ -141,6 +144,10 @@ static void plan_session(const mq_cuda_session *s, arena *memory, session_buffer
     memory->take(on->branch, n, width);
     memory->take(on->codes, s->codes_bytes);
     memory->take(on->sums, n, groups, hp.router_hidden + 1);
+    memory->take(on->gated, groups_of(hp.feed_forward_length), MQ_GROUP_SIZE);
+    memory->take(on->gated_scale, groups_of(hp.feed_forward_length));
+    memory->take(on->gated_sum, groups_of(hp.feed_forward_length));
+    memory->take(on->arrived_groups, groups_of(hp.feed_forward_length));
     memory->take(on->arrived_tokens, n);
     memory->take(on->arrived_heads, hp.head_count);
     memory->take(on->parts, hp.head_count, s->chunks, part_floats(hp.head_dim));

@@ -9,10 +9,9 @@
 #include "arithmetic.cuh"
 #include "control.cuh"
 #include "quantize.cuh"
-#include "model.h"
-#include "router.h"
+#include "routing.cuh"
 
-enum { PREPARE_GROUPS = 32, PREPARE_THREADS = PREPARE_GROUPS * WARP, MAX_SUMS = MQ_MAX_ROUTER_HIDDEN + 1 };
+enum { PREPARE_GROUPS = 32, PREPARE_THREADS = PREPARE_GROUPS * WARP };
 
 struct prepare_job {
     const float *x, *up; // [n][columns]; up: of SwiGLU, whose gate is x, else NULL
@@ -70,70 +69,6 @@ __device__ inline uint32_t quantize_group(const prepare_job &job, uint32_t token
     return packed;
 }
 
-// One warp and its group: exact products of the hidden rows with the codes. sums [n_hidden + 1].
-__device__ inline void group_sums(const prepare_job &job, uint32_t group, uint32_t packed, int squares, int *sums)
-{
-    const uint32_t lane = threadIdx.x % WARP;
-    const uint32_t *rows = reinterpret_cast<const uint32_t *>(job.router.hidden) + static_cast<size_t>(group) * (MQ_GROUP_SIZE / 4) + lane;
-    const size_t row = static_cast<size_t>(job.groups) * (MQ_GROUP_SIZE / 4);
-    int mine = squares; // the sum that lane h keeps
-    uint32_t word[MQ_MAX_ROUTER_HIDDEN];
-#pragma unroll
-    for (uint32_t h = 0; h < MQ_MAX_ROUTER_HIDDEN; h++) {
-        word[h] = h < job.n_hidden ? rows[h * row] : 0;
-    }
-#pragma unroll
-    for (uint32_t h = 0; h < MQ_MAX_ROUTER_HIDDEN; h++) {
-        const int dot = sum_warp(__dp4a(static_cast<int>(word[h]), static_cast<int>(packed), 0));
-        mine = lane == h && h < job.n_hidden ? dot : mine;
-    }
-    if (lane <= job.n_hidden) {
-        sums[lane] = mine;
-    }
-}
-
-// One warp: depths of the linears from scales [groups] and sums [groups][n_hidden + 1]. Lane h < n_hidden adds up hidden unit h,
-// the next lane the squares.
-__device__ inline void decide(const prepare_job &job, const float *scales, const int *sums, uint8_t *depths)
-{
-    __shared__ float features[MAX_SUMS];
-    const uint32_t lane = threadIdx.x, hidden = job.n_hidden;
-    float total = 0.0f;
-    if (lane <= hidden) {
-#pragma unroll 8
-        for (uint32_t g = 0; g < job.groups; g++) {
-            const float scale = scales[g];
-            total = fmaf(lane == hidden ? scale * scale : scale, static_cast<float>(sums[g * (hidden + 1) + lane]), total);
-        }
-    }
-    const float mean = __shfl_sync(ALL_LANES, total, static_cast<int>(hidden)) / static_cast<float>(job.columns);
-    const float rms = sqrtf(mean + 1e-12f);
-    if (lane < hidden) {
-        const float v = total * job.router.hidden_scale[lane] / rms + job.router.hidden_bias[lane];
-        features[lane] = v > 0.0f ? v : 0.0f;
-    } else if (lane == hidden) {
-        features[hidden] = static_cast<float>(log2(static_cast<double>(rms))); // rounded once, as on the CPU
-    }
-    __syncwarp();
-    int passes = 0;
-    if (lane < job.router.linears * MQ_GATES) {
-        const float *head = job.router.head + lane * (hidden + 1);
-        float score = 0.0f;
-        for (uint32_t h = 0; h <= hidden; h++) {
-            score += head[h] * features[h];
-        }
-        passes = score + job.router.head_bias[lane] > job.thresholds[lane];
-    }
-    const unsigned open = __ballot_sync(ALL_LANES, passes);
-    if (lane < job.router.linears) {
-        uint32_t depth = 1;
-        while (depth < job.max_depth && (open >> (lane * MQ_GATES + depth - 1) & 1u)) {
-            depth++;
-        }
-        depths[lane] = static_cast<uint8_t>(depth);
-    }
-}
-
 // Grid (prepare_blocks, n).
 static __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_constant__ prepare_job job)
 {
@@ -164,7 +99,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_c
     }
     float factor = 1.0f;
     if (job.norm != nullptr) {
-        factor = norm_factor(job.x + row, job.columns, job.eps, piece);
+        factor = norm_factor<NORM_PIECE>(job.x + row, job.columns, job.eps, piece);
     }
     int *sums = reinterpret_cast<int *>(piece) + job.groups, *mine = job.sums;
     const bool alone = gridDim.x == 1;
@@ -174,7 +109,9 @@ static __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_c
         int squares;
         const uint32_t packed = quantize_group(job, token, group, factor, x, other, scale, squares);
         if (routed) {
-            group_sums(job, group, packed, squares, mine + group * (job.n_hidden + 1));
+            const size_t words = static_cast<size_t>(job.groups) * (MQ_GROUP_SIZE / 4);
+            const uint32_t *hidden = reinterpret_cast<const uint32_t *>(job.router.hidden) + group * (MQ_GROUP_SIZE / 4) + lane;
+            group_sums(hidden, words, job.n_hidden, packed, squares, mine + group * (job.n_hidden + 1));
             if (alone && lane == 0) {
                 piece[group] = scale;
             }
@@ -200,7 +137,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_c
     }
     __syncthreads();
     if (warp == 0) {
-        decide(job, piece, sums, depths);
+        decide(decision_of(job.router, job.thresholds, job.n_hidden, job.max_depth), piece, sums, depths);
     }
 }
 

@@ -8,15 +8,33 @@
 
 enum { NORM_PIECE = 4096 };
 
-// 1 / sqrt(mean of squares + eps), the same in every thread.
+// Elements first .. first + 3, 0 past the end. first: a multiple of 4.
+__device__ inline void load_four(const float *from, uint32_t first, uint32_t columns, float (&to)[4])
+{
+    if (columns % 4 == 0 && first < columns) { // every row is aligned
+        const float4 four = *reinterpret_cast<const float4 *>(from + first);
+        to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+        return;
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        to[i] = first + i < columns ? from[first + i] : 0.0f;
+    }
+}
+
+// 1 / sqrt(mean of squares + eps), the same in every thread. piece: room for PIECE numbers; it ends with the last of x.
+template <uint32_t PIECE>
 __device__ inline float norm_factor(const float *x, uint32_t columns, float eps, float *piece)
 {
     __shared__ float factor;
     float lane = 0.0f;
-    for (uint32_t first = 0; first < columns; first += NORM_PIECE) {
-        const uint32_t count = columns - first < NORM_PIECE ? columns - first : NORM_PIECE;
-        for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
-            piece[i] = x[first + i];
+    for (uint32_t first = 0; first < columns; first += PIECE) {
+        const uint32_t count = columns - first < PIECE ? columns - first : PIECE;
+#pragma unroll 4
+        for (uint32_t i = threadIdx.x * 4; i < count; i += blockDim.x * 4) {
+            float four[4];
+            load_four(x, first + i, columns, four);
+            *reinterpret_cast<float4 *>(piece + i) = make_float4(four[0], four[1], four[2], four[3]);
         }
         __syncthreads();
         if (threadIdx.x < LANES) {
