@@ -70,10 +70,10 @@ static cudaError_t plan_inputs(mq_cuda_model *model)
         input.router = model->host->blocks[0].router[point];
         input.groups = input.router.groups;
         input.n_hidden = hp.router_hidden;
-        input.x = point == MQ_GATED ? nullptr : model->output_norm; // any
+        input.x = point == GATED_POINT ? nullptr : model->output_norm; // any
         const size_t some = one_bytes<SOME_WARPS>(input), many = one_bytes<MANY_WARPS>(input);
-        model->ready_here[point] = point != MQ_GATED && input.groups <= MOST_QUANTIZED && many + STATIC_SHARED <= static_cast<size_t>(room);
-        if (model->ready_here[point] || point == MQ_GATED) {
+        model->ready_here[point] = point != GATED_POINT && input.groups <= MOST_QUANTIZED && many + STATIC_SHARED <= static_cast<size_t>(room);
+        if (model->ready_here[point] || point == GATED_POINT) {
             most[0] = some > most[0] ? some : most[0];
             most[1] = many > most[1] ? many : most[1];
         }

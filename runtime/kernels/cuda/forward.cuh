@@ -31,6 +31,7 @@ static void start(pass *p, dim3 grid, uint32_t threads, size_t shared, void (*ke
 }
 
 static const uint32_t FIRST_LINEAR[MQ_ROUTERS] = {0, 3, 4, 6};
+enum { GATED_POINT = 3 }; // the point whose input is gate and up
 
 // Norm or SwiGLU, quantisation and routing of `n` rows at x. point: MQ_ROUTERS for the output head, which is not routed.
 static void start_prepare(pass *p, uint32_t block, uint32_t point, const float *x, const float *up, uint32_t columns,
@@ -144,11 +145,28 @@ static coming_linears what_comes(const pass *p, uint32_t block, uint32_t point)
     }
     const size_t linear = static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
     const mq_block *weights = &model->blocks[block];
+    const mq_router &router = weights->router[point];
     // What a router will ask for is not known, but for the first slice.
-    return asked_ahead(&weights->linear[FIRST_LINEAR[point]], weights->router[point].linears, s->routed ? nullptr : s->on.table + linear, 1);
+    coming_linears coming = asked_ahead(&weights->linear[FIRST_LINEAR[point]], router.linears, s->routed ? nullptr : s->on.table + linear, 1);
+    const uint32_t hidden = model->host->hparams.router_hidden, gates = router.linears * MQ_GATES;
+    const struct { const void *at; size_t bytes; } small[MOST_SMALL] = {
+        {point == 0 ? weights->attn_norm : point == 2 ? weights->ffn_norm : nullptr, router.columns * sizeof(float)},
+        {point == GATED_POINT ? nullptr : router.hidden, static_cast<size_t>(hidden) * router.groups * MQ_GROUP_SIZE},
+        {router.hidden_scale, hidden * sizeof(float)},
+        {router.hidden_bias, hidden * sizeof(float)},
+        {router.head, gates * (hidden + 1) * sizeof(float)},
+        {router.head_bias, gates * sizeof(float)},
+        {s->on.thresholds + linear * MQ_GATES, gates * sizeof(float)},
+    };
+    for (uint32_t i = 0; i < MOST_SMALL; i++) {
+        const uint64_t address = reinterpret_cast<uint64_t>(small[i].at), begin = address / 16 * 16;
+        if (small[i].at != nullptr && (i == 0 || s->routed)) {
+            coming.small[i] = reinterpret_cast<const void *>(begin);
+            coming.small_bytes[i] = static_cast<uint32_t>((address + small[i].bytes - begin) / 16 * 16);
+        }
+    }
+    return coming;
 }
-
-enum { MQ_GATED = 3 }; // the point whose input is gate and up
 
 // Of one token: what the linears of a point read, all but x and its norm.
 static input_job input_of(const mq_cuda_session *s, uint32_t block, uint32_t point)
@@ -160,7 +178,7 @@ static input_job input_of(const mq_cuda_session *s, uint32_t block, uint32_t poi
     input.columns = weights->router[point].columns;
     input.groups = weights->router[point].groups;
     input.eps = hp.rms_epsilon;
-    if (point == MQ_GATED) {
+    if (point == GATED_POINT) {
         input.q = s->on.gated;
         input.scale = s->on.gated_scale;
         input.sum = s->on.gated_sum;
@@ -181,7 +199,7 @@ static input_job input_of(const mq_cuda_session *s, uint32_t block, uint32_t poi
 // Where gate and up of one token leave the input of the linear after them.
 static gated_job gated_of(const mq_cuda_session *s, uint32_t block)
 {
-    const mq_router &router = s->model->blocks[block].router[MQ_GATED];
+    const mq_router &router = s->model->blocks[block].router[GATED_POINT];
     return {s->on.gated, s->on.gated_scale, s->on.gated_sum, s->on.arrived_groups, s->routed ? router.hidden : nullptr,
             s->model->host->hparams.router_hidden, router.groups, s->on.sums};
 }
@@ -198,7 +216,7 @@ static void start_point(pass *p, uint32_t block, uint32_t point, const point_io 
     mq_cuda_session *s = p->s;
     const mq_block *weights = &s->model->blocks[block];
     const mq_matrix *first = &weights->linear[FIRST_LINEAR[point]];
-    const bool many = p->n > MATVEC_MOST, alone = p->n == 1 && (point == MQ_GATED || s->model->ready_here[point]);
+    const bool many = p->n > MATVEC_MOST, alone = p->n == 1 && (point == GATED_POINT || s->model->ready_here[point]);
     matvec_job job = {};
     job.count = weights->router[point].linears;
     for (uint32_t i = 0; i < job.count; i++) {
@@ -211,13 +229,13 @@ static void start_point(pass *p, uint32_t block, uint32_t point, const point_io 
     job.add = io.add;
     if (alone) {
         job.input = input_of(s, block, point);
-        job.input.x = point == MQ_GATED ? nullptr : io.x;
+        job.input.x = point == GATED_POINT ? nullptr : io.x;
         job.input.norm = io.norm;
         job.table = s->routed ? nullptr : s->on.table + linear;
     } else {
         start_prepare(p, block, point, io.x, io.up, first->columns, io.norm, nullptr, p->n);
     }
-    if (p->n == 1 && point + 1 == MQ_GATED) {
+    if (p->n == 1 && point + 1 == GATED_POINT) {
         job.gated = gated_of(s, block);
     }
     if (!many) {

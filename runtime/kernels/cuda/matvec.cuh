@@ -13,7 +13,7 @@
 #include "kernels.h"
 #include "keys.h"
 
-enum { BLOCK_ROWS = 32, FEW_WARPS = 8, FEW_THREADS = FEW_WARPS * WARP, FEW_TOKENS = 8, MATVEC_MOST = 16, MATVEC_JOBS = 3 };
+enum { BLOCK_ROWS = 32, FEW_WARPS = 8, FEW_THREADS = FEW_WARPS * WARP, FEW_TOKENS = 8, MATVEC_MOST = 16, MATVEC_JOBS = 3, MOST_SMALL = 7 };
 
 // Linears of the next kernel that multiplies, whose first rows are asked for while this one ends: from then until it multiplies
 // itself memory would be idle.
@@ -22,6 +22,8 @@ struct coming_linears {
     uint32_t most[MATVEC_JOBS]; // bytes of a linear
     uint32_t count, depth;
     const uint8_t *table;       // depths, of the first linear; NULL: `depth`
+    const void *small[MOST_SMALL]; // what making its input ready takes: the norm and the router
+    uint32_t small_bytes[MOST_SMALL];
 };
 
 // Of two linears that are gate and up of one token: the input of the linear after them, made ready a group of 128 at a time by the
@@ -153,11 +155,16 @@ __device__ inline void load_activations(const int8_t *q, uint32_t group, uint4 (
     x[1] = at[4];
 }
 
-// One warp's part of what is asked for ahead: a lane has a slice, or the scales, of a linear.
+// One warp's part of what is asked for ahead: a lane has a slice, or the scales, of a linear; the last lanes of the first block have
+// what is small.
 __device__ inline void ask_ahead(const coming_linears &coming)
 {
-    enum { PARTS = MQ_SLICE_COUNT + 1, PIECE = 16384, LINE = 128 };
+    enum { PARTS = MQ_SLICE_COUNT + 1, PIECE = 16384, LINE = 128, SMALL = WARP - MOST_SMALL };
     const uint32_t lane = threadIdx.x % WARP, linear = lane / PARTS, part = lane % PARTS;
+    static_assert(MATVEC_JOBS * PARTS <= SMALL, "a lane for each");
+    if (lane >= SMALL && blockIdx.x == 0 && coming.small_bytes[lane - SMALL] > 0) {
+        prefetch_block(coming.small[lane - SMALL], coming.small_bytes[lane - SMALL]);
+    }
     if (linear >= coming.count) {
         return;
     }
