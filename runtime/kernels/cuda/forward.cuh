@@ -127,7 +127,7 @@ static coming_linears asked_ahead(const mq_matrix *matrix, uint32_t count, const
     }
     for (uint32_t i = 0; i < count; i++) {
         coming.matrix[i] = matrix[i];
-        coming.most[i] = static_cast<uint32_t>(AHEAD * matrix[i].rows / rows);
+        coming.most[i] = static_cast<uint32_t>(static_cast<uint64_t>(AHEAD) * matrix[i].rows / rows);
     }
     coming.count = count;
     coming.table = table;

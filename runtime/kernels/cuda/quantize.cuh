@@ -26,15 +26,27 @@ __device__ inline void load_four(const float *from, uint32_t first, uint32_t col
 template <uint32_t PIECE>
 __device__ inline float norm_factor(const float *x, uint32_t columns, float eps, float *piece)
 {
+    enum { AT_ONCE = 4 };
     __shared__ float factor;
     float lane = 0.0f;
     for (uint32_t first = 0; first < columns; first += PIECE) {
         const uint32_t count = columns - first < PIECE ? columns - first : PIECE;
-#pragma unroll 4
-        for (uint32_t i = threadIdx.x * 4; i < count; i += blockDim.x * 4) {
-            float four[4];
-            load_four(x, first + i, columns, four);
-            *reinterpret_cast<float4 *>(piece + i) = make_float4(four[0], four[1], four[2], four[3]);
+        for (uint32_t begin = 0; begin < count; begin += AT_ONCE * 4 * blockDim.x) { // every load on its way before the first is kept
+            float four[AT_ONCE][4];
+#pragma unroll
+            for (uint32_t u = 0; u < AT_ONCE; u++) {
+                const uint32_t i = begin + (u * blockDim.x + threadIdx.x) * 4;
+                if (i < count) {
+                    load_four(x, first + i, columns, four[u]);
+                }
+            }
+#pragma unroll
+            for (uint32_t u = 0; u < AT_ONCE; u++) {
+                const uint32_t i = begin + (u * blockDim.x + threadIdx.x) * 4;
+                if (i < count) {
+                    *reinterpret_cast<float4 *>(piece + i) = make_float4(four[u][0], four[u][1], four[u][2], four[u][3]);
+                }
+            }
         }
         __syncthreads();
         if (threadIdx.x < LANES) {
