@@ -36,13 +36,21 @@ static int32_t describe(mq_cuda_device *device, mq_cuda_message *message)
     return 0;
 }
 
-static size_t most_shared(const mq_model *model)
+static uint32_t widest_input(const mq_model *model)
 {
     const mq_hparams &hp = model->hparams;
     const uint32_t q_width = hp.head_count * hp.head_dim;
-    uint32_t widest = hp.embedding_length > hp.feed_forward_length ? hp.embedding_length : hp.feed_forward_length;
-    widest = q_width > widest ? q_width : widest;
-    return prepare_shared(groups_of(widest), hp.router_hidden);
+    const uint32_t widest = hp.embedding_length > hp.feed_forward_length ? hp.embedding_length : hp.feed_forward_length;
+    return q_width > widest ? q_width : widest;
+}
+
+// Of a block of threads, what no smaller choice exists for.
+static size_t most_shared(const mq_model *model)
+{
+    input_job input = {};
+    input.groups = groups_of(widest_input(model));
+    const size_t one = one_bytes<NARROW_WARPS>(input) + STATIC_SHARED, several = prepare_shared(input.groups, model->hparams.router_hidden);
+    return one > several ? one : several;
 }
 
 static const char *refuses(const mq_model *model)
@@ -62,24 +70,25 @@ static const char *refuses(const mq_model *model)
 static cudaError_t plan_inputs(mq_cuda_model *model)
 {
     const mq_hparams &hp = model->host->hparams;
-    size_t most[2] = {0, 0};
-    int room = 0;
-    cudaError_t error = cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+    int most = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+    const size_t room = static_cast<size_t>(most) - STATIC_SHARED;
+    input_job input = {};
+    input.groups = groups_of(widest_input(model->host));
+    input.n_hidden = hp.router_hidden;
+    model->wide = one_bytes<WIDE_WARPS>(input) <= room;
+    size_t wide = one_bytes<WIDE_WARPS>(input), narrow = one_bytes<NARROW_WARPS>(input); // unrouted
     for (uint32_t point = 0; point < MQ_ROUTERS && error == cudaSuccess; point++) {
-        input_job input = {};
         input.router = model->host->blocks[0].router[point];
         input.groups = input.router.groups;
-        input.n_hidden = hp.router_hidden;
-        input.x = point == GATED_POINT ? nullptr : model->output_norm; // any
-        const size_t some = one_bytes<SOME_WARPS>(input), many = one_bytes<MANY_WARPS>(input);
-        model->ready_here[point] = point != GATED_POINT && input.groups <= MOST_QUANTIZED && many + STATIC_SHARED <= static_cast<size_t>(room);
-        if (model->ready_here[point] || point == GATED_POINT) {
-            most[0] = some > most[0] ? some : most[0];
-            most[1] = many > most[1] ? many : most[1];
+        const size_t wanted = model->wide ? one_bytes<WIDE_WARPS>(input) : one_bytes<NARROW_WARPS>(input);
+        model->ready_here[point] = wanted <= room;
+        if (model->ready_here[point]) {
+            wide = wanted > wide ? wanted : wide;
+            narrow = wanted > narrow ? wanted : narrow;
         }
     }
-    error = error == cudaSuccess ? allow_shared(matvec_one<SOME_WARPS>, most[0]) : error;
-    return error == cudaSuccess ? allow_shared(matvec_one<MANY_WARPS>, most[1]) : error;
+    return error == cudaSuccess ? allow_one(model->wide, wide, narrow) : error;
 }
 
 static int32_t open_checked(const mq_model *model, mq_cuda_model **out, mq_cuda_message *message)
@@ -87,7 +96,7 @@ static int32_t open_checked(const mq_model *model, mq_cuda_model **out, mq_cuda_
     const uint32_t dim = model->hparams.head_dim;
     int32_t failed = open_model(model, out, message);
     if (failed == 0) {
-        cudaError_t error = allow_shared(prepare, most_shared(model));
+        cudaError_t error = allow_shared(prepare, prepare_shared(groups_of(widest_input(model)), model->hparams.router_hidden));
         error = error == cudaSuccess ? plan_inputs(*out) : error;
         error = error != cudaSuccess    ? error
                 : (*out)->staged ? allow_shared(attend_one<true>, attend_bytes(dim, true))

@@ -5,7 +5,7 @@
 
 #include "attention.cuh"
 #include "ends.cuh"
-#include "matvec.cuh"
+#include "one_token.cuh"
 #include "matmat.cuh"
 #include "memory.cuh"
 #include "prefill_attention.cuh"
@@ -82,19 +82,18 @@ static void start_linears(pass *p, matvec_job job, uint32_t n)
     for (uint32_t i = 0; i < job.count; i++) {
         blocks += matvec_blocks(job.matrix[i]);
     }
-    const uint32_t places = s->model->multiprocessors;
-    const bool many = blocks <= places;
-    const uint32_t each = n > 1 || many ? 1 : (blocks + 2 * places - 1) / (2 * places); // row blocks of a block of threads
+    // Of one token: two blocks of threads find room in a multiprocessor; more row blocks than that are dealt out to one in each.
+    const uint32_t places = s->model->multiprocessors, each = n > 1 || blocks <= 2 * places ? 1 : (blocks + places - 1) / places;
     for (uint32_t i = 0; i < job.count; i++) {
         job.first_block[i + 1] = job.first_block[i] + (matvec_blocks(job.matrix[i]) + each - 1) / each;
     }
     const uint32_t grid = job.first_block[job.count];
     if (n > 1) {
         start(p, dim3(grid, (n + FEW_TOKENS - 1) / FEW_TOKENS), FEW_THREADS, 0, matvec_few, job);
-    } else if (many) {
-        start(p, dim3(grid), MANY_WARPS * WARP, one_bytes<MANY_WARPS>(job.input), matvec_one<MANY_WARPS>, job);
+    } else if (s->model->wide) {
+        start(p, dim3(grid), WIDE_WARPS * WARP, one_bytes<WIDE_WARPS>(job.input), matvec_one<WIDE_WARPS>, job);
     } else {
-        start(p, dim3(grid), SOME_WARPS * WARP, one_bytes<SOME_WARPS>(job.input), matvec_one<SOME_WARPS>, job);
+        start(p, dim3(grid), NARROW_WARPS * WARP, one_bytes<NARROW_WARPS>(job.input), matvec_one<NARROW_WARPS>, job);
     }
 }
 
@@ -216,7 +215,7 @@ static void start_point(pass *p, uint32_t block, uint32_t point, const point_io 
     mq_cuda_session *s = p->s;
     const mq_block *weights = &s->model->blocks[block];
     const mq_matrix *first = &weights->linear[FIRST_LINEAR[point]];
-    const bool many = p->n > MATVEC_MOST, alone = p->n == 1 && (point == GATED_POINT || s->model->ready_here[point]);
+    const bool many = p->n > MATVEC_MOST, alone = p->n == 1 && s->model->ready_here[point];
     matvec_job job = {};
     job.count = weights->router[point].linears;
     for (uint32_t i = 0; i < job.count; i++) {
@@ -235,7 +234,7 @@ static void start_point(pass *p, uint32_t block, uint32_t point, const point_io 
     } else {
         start_prepare(p, block, point, io.x, io.up, first->columns, io.norm, nullptr, p->n);
     }
-    if (p->n == 1 && point + 1 == GATED_POINT) {
+    if (p->n == 1 && point + 1 == GATED_POINT && s->model->ready_here[GATED_POINT]) {
         job.gated = gated_of(s, block);
     }
     if (!many) {

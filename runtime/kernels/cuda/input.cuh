@@ -9,7 +9,7 @@
 #include "routing.cuh"
 #include "tensor.cuh"
 
-enum { MOST_QUANTIZED = 64, HELD_GROUPS = 4 }; // groups of an input made ready here; of a warp, whose norm it holds in registers
+enum { HELD_GROUPS = 2 }; // of a warp, whose norm and hidden rows it holds in registers
 
 // x: the input itself, to be made ready here; NULL: another kernel has quantised it.
 struct input_job {
@@ -27,15 +27,9 @@ struct input_job {
     const control *state;
 };
 
-// One token's activations, in global or in shared memory.
-struct quantized {
-    const int8_t *q;
-    const float *scale, *sum;
-};
-
 // Where things lie in a block's shared memory, in bytes; each place begins at a multiple of 16.
 struct input_places {
-    uint32_t q, hidden, scale, sum, sums, constants, end;
+    uint32_t q, scale, sum, sums, constants, end;
 };
 
 __host__ __device__ inline uint32_t routing_floats(const mq_router &router, uint32_t n_hidden)
@@ -45,19 +39,17 @@ __host__ __device__ inline uint32_t routing_floats(const mq_router &router, uint
 
 __host__ __device__ inline input_places places_of(const input_job &job)
 {
-    const uint32_t here = job.x != nullptr, routed = job.router.linears > 0, groups = job.groups;
-    const uint32_t of_groups = (groups * 4 + 15) / 16 * 16;
+    const uint32_t routed = job.router.linears > 0, of_groups = (job.groups * 4 + 15) / 16 * 16;
     input_places at = {};
-    at.hidden = at.q + here * groups * MQ_GROUP_SIZE;
-    at.scale = at.hidden + here * routed * job.n_hidden * groups * MQ_GROUP_SIZE;
-    at.sum = at.scale + (here | routed) * of_groups;
-    at.sums = at.sum + here * of_groups;
-    at.constants = at.sums + routed * ((groups * (job.n_hidden + 1) * 4 + 15) / 16 * 16);
+    at.scale = at.q + job.groups * MQ_GROUP_SIZE;
+    at.sum = at.scale + of_groups;
+    at.sums = at.sum + of_groups;
+    at.constants = at.sums + routed * ((job.groups * (job.n_hidden + 1) * 4 + 15) / 16 * 16);
     at.end = at.constants + routed * ((routing_floats(job.router, job.n_hidden) * 4 + 15) / 16 * 16);
     return at;
 }
 
-// Before the kernels before have ended: what the router decides with, to shared memory; it is there after copy_wait<0>() and a
+// Before the kernels before have ended: what the router decides with, to shared memory; it is there after a wait for the copies and a
 // barrier.
 __device__ inline void bring_router(const input_job &job, const input_places &at, uint8_t *memory)
 {
@@ -77,108 +69,112 @@ __device__ inline void bring_router(const input_job &job, const input_places &at
     bring(job.router.head, gates * (n + 1));
     bring(job.router.head_bias, gates);
     bring(job.thresholds, gates);
-    if (job.x != nullptr) {
-        for (uint32_t i = threadIdx.x; i < n * job.groups * (MQ_GROUP_SIZE / 16); i += blockDim.x) {
-            copy_async<16>(memory + at.hidden + i * 16, job.router.hidden + static_cast<size_t>(i) * 16, true);
-        }
-    }
     copy_commit();
 }
 
-// The norm's weights of the first groups that a warp makes ready.
-struct held_norm {
-    float weight[HELD_GROUPS][4];
+// What a warp makes its first groups ready with.
+struct held_input {
+    float norm[HELD_GROUPS][4];
+    hidden_words hidden[HELD_GROUPS];
 };
 
-template <uint32_t WARPS>
-__device__ inline void hold_norm(const input_job &job, held_norm &held)
+__device__ inline const uint32_t *hidden_of(const input_job &job, uint32_t group)
 {
-    if (job.x == nullptr || job.norm == nullptr) {
-        return;
-    }
+    return reinterpret_cast<const uint32_t *>(job.router.hidden) + group * (MQ_GROUP_SIZE / 4) + threadIdx.x % WARP;
+}
+
+// Before the kernels before have ended.
+template <uint32_t WARPS>
+__device__ inline void hold_input(const input_job &job, held_input &held)
+{
 #pragma unroll
     for (uint32_t u = 0; u < HELD_GROUPS; u++) {
         const uint32_t group = u * WARPS + threadIdx.x / WARP;
-        if (group < job.groups) {
-            load_four(job.norm, group * MQ_GROUP_SIZE + threadIdx.x % WARP * 4, job.columns, held.weight[u]);
+        if (job.x != nullptr && group < job.groups) {
+            if (job.norm != nullptr) {
+                load_four(job.norm, group * MQ_GROUP_SIZE + threadIdx.x % WARP * 4, job.columns, held.norm[u]);
+            }
+            if (job.router.linears > 0) {
+                load_hidden(hidden_of(job, group), static_cast<size_t>(job.groups) * (MQ_GROUP_SIZE / 4), job.n_hidden, held.hidden[u]);
+            }
         }
     }
 }
 
-// A warp makes ready the groups that it will multiply. piece: room for PIECE numbers, used until the block's next barrier.
-template <uint32_t WARPS, uint32_t PIECE>
-__device__ inline quantized quantize_input(const input_job &job, const held_norm &held, const input_places &at, uint8_t *memory,
-                                           float *piece)
+// One warp: norm, quantisation and the router's sums of a group, whose numbers are at x.
+__device__ inline void ready_group(const input_job &job, uint32_t group, const float *x, float factor, const float (&norm)[4],
+                                   const hidden_words &hidden, const input_places &at, uint8_t *memory)
 {
-    const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, groups = job.groups;
-    const bool normed = job.norm != nullptr, kept = normed && job.columns <= PIECE; // x stays in `piece`
-    uint32_t *q = reinterpret_cast<uint32_t *>(memory + at.q);
-    const uint32_t *hidden = reinterpret_cast<const uint32_t *>(memory + at.hidden) + lane;
-    float *scales = reinterpret_cast<float *>(memory + at.scale), *totals = reinterpret_cast<float *>(memory + at.sum);
-    int *sums = reinterpret_cast<int *>(memory + at.sums);
-    if (job.router.linears > 0) { // the hidden rows that others copied are there after a barrier
-        copy_wait<0>();
-        if (!normed) {
-            __syncthreads();
+    const uint32_t lane = threadIdx.x % WARP, first = group * MQ_GROUP_SIZE + lane * 4;
+    float v[4], scale;
+    int total, squares;
+    load_four(x, first, job.columns, v);
+    if (job.norm != nullptr) {
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) {
+            v[i] = first + i < job.columns ? v[i] * factor * norm[i] : 0.0f;
         }
     }
-    const float factor = normed ? norm_factor<PIECE>(job.x, job.columns, job.eps, piece) : 1.0f;
-#pragma unroll
-    for (uint32_t u = 0; u < MOST_QUANTIZED / WARPS; u++) {
-        const uint32_t group = u * WARPS + warp, first = group * MQ_GROUP_SIZE + lane * 4;
-        if (group >= groups) {
-            break;
+    const uint32_t packed = quantize_warp(v, scale, total, squares);
+    reinterpret_cast<uint32_t *>(memory + at.q)[group * (MQ_GROUP_SIZE / 4) + lane] = packed;
+    if (lane == 0) {
+        reinterpret_cast<float *>(memory + at.scale)[group] = scale;
+        reinterpret_cast<float *>(memory + at.sum)[group] = scale * static_cast<float>(total);
+    }
+    if (job.router.linears > 0) {
+        group_sums(hidden, job.n_hidden, packed, squares, reinterpret_cast<int *>(memory + at.sums) + group * (job.n_hidden + 1));
+    }
+}
+
+// The whole input, in the block's shared memory after the next barrier. piece: room for PIECE numbers, in use until then.
+template <uint32_t WARPS, uint32_t PIECE>
+__device__ inline void ready_input(const input_job &job, const held_input &held, const input_places &at, uint8_t *memory, float *piece)
+{
+    const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (job.x == nullptr) { // quantised by another kernel
+        for (uint32_t i = threadIdx.x; i < job.groups * (MQ_GROUP_SIZE / 16); i += WARPS * WARP) {
+            reinterpret_cast<uint4 *>(memory + at.q)[i] = __ldcg(reinterpret_cast<const uint4 *>(job.q) + i);
         }
-        float v[4], scale;
-        int total, squares;
-        load_four(kept ? piece : job.x, first, job.columns, v);
-        if (normed) {
-            float weight[4];
-            if (u < HELD_GROUPS) {
-#pragma unroll
-                for (uint32_t i = 0; i < 4; i++) {
-                    weight[i] = held.weight[u][i];
-                }
-            } else {
-                load_four(job.norm, first, job.columns, weight);
-            }
-#pragma unroll
-            for (uint32_t i = 0; i < 4; i++) {
-                v[i] = first + i < job.columns ? v[i] * factor * weight[i] : 0.0f;
-            }
+        for (uint32_t i = threadIdx.x; i < job.groups; i += WARPS * WARP) {
+            reinterpret_cast<float *>(memory + at.scale)[i] = __ldcg(job.scale + i);
+            reinterpret_cast<float *>(memory + at.sum)[i] = __ldcg(job.sum + i);
         }
-        const uint32_t packed = quantize_warp(v, scale, total, squares);
-        q[group * (MQ_GROUP_SIZE / 4) + lane] = packed;
-        if (lane == 0) {
-            scales[group] = scale;
-            totals[group] = scale * static_cast<float>(total);
+        const uint32_t sums = job.router.linears > 0 ? job.groups * (job.n_hidden + 1) : 0;
+#pragma unroll 4
+        for (uint32_t i = threadIdx.x; i < sums; i += WARPS * WARP) {
+            reinterpret_cast<int *>(memory + at.sums)[i] = __ldcg(job.sums + i);
+        }
+        return;
+    }
+    const bool kept = job.norm != nullptr && job.columns <= PIECE;
+    const float factor = job.norm == nullptr ? 1.0f : norm_factor<PIECE>(job.x, job.columns, job.eps, piece);
+    const float *x = kept ? piece : job.x;
+#pragma unroll
+    for (uint32_t u = 0; u < HELD_GROUPS; u++) {
+        if (u * WARPS + warp < job.groups) {
+            ready_group(job, u * WARPS + warp, x, factor, held.norm[u], held.hidden[u], at, memory);
+        }
+    }
+    for (uint32_t group = HELD_GROUPS * WARPS + warp; group < job.groups; group += WARPS) {
+        float norm[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        hidden_words hidden;
+        if (job.norm != nullptr) {
+            load_four(job.norm, group * MQ_GROUP_SIZE + lane * 4, job.columns, norm);
         }
         if (job.router.linears > 0) {
-            group_sums(hidden + group * (MQ_GROUP_SIZE / 4), static_cast<size_t>(groups) * (MQ_GROUP_SIZE / 4), job.n_hidden, packed,
-                       squares, sums + group * (job.n_hidden + 1));
+            load_hidden(hidden_of(job, group), static_cast<size_t>(job.groups) * (MQ_GROUP_SIZE / 4), job.n_hidden, hidden);
         }
+        ready_group(job, group, x, factor, norm, hidden, at, memory);
     }
-    __syncwarp();
-    return {reinterpret_cast<const int8_t *>(q), scales, totals};
 }
 
-// The router's depths of the linears, to `depth` in shared memory, and by the first block to where the host finds them.
+// After a barrier: the router's depths of the linears, to `depth` in shared memory, and by the first block to where the host finds
+// them.
 __device__ inline void route_input(const input_job &job, const input_places &at, uint8_t *memory, uint8_t *depth)
 {
     const uint32_t n = job.n_hidden, gates = job.router.linears * MQ_GATES;
-    float *scales = reinterpret_cast<float *>(memory + at.scale);
-    int *sums = reinterpret_cast<int *>(memory + at.sums);
-    copy_wait<0>();
-    if (job.x == nullptr) {
-        for (uint32_t i = threadIdx.x; i < job.groups; i += blockDim.x) {
-            scales[i] = __ldcg(job.scale + i);
-        }
-#pragma unroll 8
-        for (uint32_t i = threadIdx.x; i < job.groups * (n + 1); i += blockDim.x) {
-            sums[i] = __ldcg(job.sums + i);
-        }
-    }
-    __syncthreads();
+    const float *scales = reinterpret_cast<const float *>(memory + at.scale);
+    const int *sums = reinterpret_cast<const int *>(memory + at.sums);
     if (threadIdx.x < WARP) {
         const float *constants = reinterpret_cast<const float *>(memory + at.constants), *head = constants + 2 * n;
         const float *bias = head + gates * (n + 1);

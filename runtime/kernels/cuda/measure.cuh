@@ -82,8 +82,11 @@ static int32_t measure_matvec(uint32_t rows, uint32_t columns, uint32_t depth, u
     fill(m.memory + copies * plane * depth, copies * scales, 0x27ff27ffu);
     fill(x, static_cast<size_t>(groups) * MQ_GROUP_SIZE, 0xffffffffu);
     fill(reinterpret_cast<uint8_t *>(s.on.scale), 2 * groups * sizeof(float), 0x3effffffu);
-    p.error = p.error == cudaSuccess ? allow_shared(matvec_one<SOME_WARPS>, sizeof(one_shared<SOME_WARPS>)) : p.error;
-    p.error = p.error == cudaSuccess ? allow_shared(matvec_one<MANY_WARPS>, sizeof(one_shared<MANY_WARPS>)) : p.error;
+    input_job input = {};
+    input.groups = groups;
+    const size_t room = properties.sharedMemPerBlockOptin;
+    model.wide = one_bytes<WIDE_WARPS>(input) + STATIC_SHARED <= room;
+    p.error = p.error == cudaSuccess ? allow_one(model.wide, one_bytes<WIDE_WARPS>(input), one_bytes<NARROW_WARPS>(input)) : p.error;
     p.error = p.error == cudaSuccess ? cudaStreamBeginCapture(m.stream, cudaStreamCaptureModeThreadLocal) : p.error;
     const auto copy = [&](uint32_t i) {
         mq_matrix matrix = {{}, nullptr, rows, columns, tiles, groups};

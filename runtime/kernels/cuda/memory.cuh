@@ -17,6 +17,7 @@ struct mq_cuda_model {
     const mq_model *host;
     uint32_t multiprocessors;
     bool staged;         // a chunk of keys and values fits in a block's shared memory
+    bool wide;           // linears of one token run in blocks of WIDE_WARPS
     bool ready_here[MQ_ROUTERS]; // of one token: the linears of this point make their input ready themselves
     bool pdl;            // this GPU starts kernels before the one before them has ended
     uint8_t *weights;    // the file from its first tensor on

@@ -111,7 +111,9 @@ static __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_c
         if (routed) {
             const size_t words = static_cast<size_t>(job.groups) * (MQ_GROUP_SIZE / 4);
             const uint32_t *hidden = reinterpret_cast<const uint32_t *>(job.router.hidden) + group * (MQ_GROUP_SIZE / 4) + lane;
-            group_sums(hidden, words, job.n_hidden, packed, squares, mine + group * (job.n_hidden + 1));
+            hidden_words of_lane;
+            load_hidden(hidden, words, job.n_hidden, of_lane);
+            group_sums(of_lane, job.n_hidden, packed, squares, mine + group * (job.n_hidden + 1));
             if (alone && lane == 0) {
                 piece[group] = scale;
             }

@@ -22,20 +22,28 @@ __host__ __device__ inline decision decision_of(const mq_router &router, const f
             max_depth,           router.columns,     router.groups};
 }
 
+// A lane's four columns of every hidden row. hidden: those of row 0; row: words from one row to the next.
+struct hidden_words {
+    uint32_t word[MQ_MAX_ROUTER_HIDDEN];
+};
+
+__device__ inline void load_hidden(const uint32_t *hidden, size_t row, uint32_t n_hidden, hidden_words &to)
+{
+#pragma unroll
+    for (uint32_t h = 0; h < MQ_MAX_ROUTER_HIDDEN; h++) {
+        to.word[h] = h < n_hidden ? hidden[h * row] : 0;
+    }
+}
+
 // One warp and its group: exact products of the hidden rows with the lane's four codes, and the sum of squares, to sums
-// [n_hidden + 1]. hidden: the lane's four columns of row 0; row: words from one row to the next.
-__device__ inline void group_sums(const uint32_t *hidden, size_t row, uint32_t n_hidden, uint32_t packed, int squares, int *sums)
+// [n_hidden + 1].
+__device__ inline void group_sums(const hidden_words &hidden, uint32_t n_hidden, uint32_t packed, int squares, int *sums)
 {
     const uint32_t lane = threadIdx.x % WARP;
     int mine = squares; // the sum that lane h keeps
-    uint32_t word[MQ_MAX_ROUTER_HIDDEN];
 #pragma unroll
     for (uint32_t h = 0; h < MQ_MAX_ROUTER_HIDDEN; h++) {
-        word[h] = h < n_hidden ? hidden[h * row] : 0;
-    }
-#pragma unroll
-    for (uint32_t h = 0; h < MQ_MAX_ROUTER_HIDDEN; h++) {
-        const int dot = sum_warp(__dp4a(static_cast<int>(word[h]), static_cast<int>(packed), 0));
+        const int dot = sum_warp(__dp4a(static_cast<int>(hidden.word[h]), static_cast<int>(packed), 0));
         mine = lane == h && h < n_hidden ? dot : mine;
     }
     if (lane <= n_hidden) {
