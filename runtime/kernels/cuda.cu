@@ -98,9 +98,13 @@ static int32_t open_checked(const mq_model *model, mq_cuda_model **out, mq_cuda_
     if (failed == 0) {
         cudaError_t error = allow_shared(prepare, prepare_shared(groups_of(widest_input(model)), model->hparams.router_hidden));
         error = error == cudaSuccess ? plan_inputs(*out) : error;
-        error = error != cudaSuccess    ? error
-                : (*out)->staged ? allow_shared(attend_one<true>, attend_bytes(dim, true))
-                                 : allow_shared(attend_one<false>, attend_bytes(dim, false));
+        for (uint32_t heads = 1; heads <= MOST_HEADS && error == cudaSuccess; heads *= 2) {
+            with_heads((*out)->staged, heads, [&](auto staged, auto several) {
+                constexpr bool STAGED = decltype(staged)::value != 0;
+                constexpr uint32_t HEADS = decltype(several)::value;
+                error = allow_shared(attend_one<STAGED, HEADS>, attend_bytes(HEADS, dim, STAGED));
+            });
+        }
         if (error != cudaSuccess) {
             close_model(*out);
             *out = nullptr;

@@ -1,6 +1,6 @@
 // attention.cuh: rotation of queries and keys, the KV cache, and attention of one token in the chunks and the order of
-// kernels/scalar.c. A block of threads has one chunk and up to four query heads that share a kv head, so that every key and value is
-// read once for them; the block of a head that ends last joins the chunks.
+// kernels/scalar.c. A block of threads has one chunk and one, two or four query heads that share a kv head: as many as leave no
+// multiprocessor idle, since every key and value is read once for them. The block of a head that ends last joins the chunks.
 //
 // Cache of one block of the model: keys f16 [kv head][positions / 16][head_dim][16], values f16 [kv head][positions][head_dim
 // padded to 16].
@@ -12,7 +12,7 @@
 #include "kernels.h"
 #include "tensor.cuh"
 
-enum { ATTEND_THREADS = MQ_ATTENTION_CHUNK, ATTEND_HEADS = 4, STORE_THREADS = 256, KEY_POSITIONS = 16 };
+enum { ATTEND_THREADS = MQ_ATTENTION_CHUNK, MOST_HEADS = 4, STORE_THREADS = 256, KEY_POSITIONS = 16 };
 
 struct attention_job {
     float *q, *k;            // [n][heads·dim], [n][heads_kv·dim] before rotation
@@ -46,9 +46,10 @@ __device__ inline float2 rotated(const float *head, const float *cosine, const f
     return make_float2(fmaf(a, cosine[i], -(b * sine[i])), fmaf(b, cosine[i], a * sine[i]));
 }
 
-// The key and value of one kv head at one position, from one token's k (before rotation) and v; with `column`, there too.
+// The key and value of one kv head at one position, from one token's k (before rotation) and v, to the cache if `cached`; with
+// `column_too`, there too.
 __device__ inline void store_position(const attention_job &job, uint32_t head, size_t position, const float *k, const float *v,
-                                      uint16_t *column_too = nullptr, uint16_t *row_too = nullptr)
+                                      bool cached = true, uint16_t *column_too = nullptr, uint16_t *row_too = nullptr)
 {
     const uint32_t half = job.dim / 2, padded = padded_dim(job.dim);
     const float *cosine = job.cosine + position * half, *sine = job.sine + position * half;
@@ -58,8 +59,10 @@ __device__ inline void store_position(const attention_job &job, uint32_t head, s
     for (uint32_t i = threadIdx.x; i < half; i += blockDim.x) {
         const float2 pair = rotated(k, cosine, sine, half, i);
         const uint16_t first = f32_to_f16(pair.x), second = f32_to_f16(pair.y);
-        column[i * KEY_POSITIONS] = first;
-        column[(half + i) * KEY_POSITIONS] = second;
+        if (cached) {
+            column[i * KEY_POSITIONS] = first;
+            column[(half + i) * KEY_POSITIONS] = second;
+        }
         if (column_too != nullptr) {
             column_too[i * KEY_POSITIONS] = first;
             column_too[(half + i) * KEY_POSITIONS] = second;
@@ -67,7 +70,9 @@ __device__ inline void store_position(const attention_job &job, uint32_t head, s
     }
     for (uint32_t i = threadIdx.x; i < padded; i += blockDim.x) {
         const uint16_t number = i < job.dim ? f32_to_f16(v[i]) : 0;
-        row[i] = number;
+        if (cached) {
+            row[i] = number;
+        }
         if (row_too != nullptr) {
             row_too[i] = number;
         }
@@ -95,8 +100,8 @@ static __global__ void __launch_bounds__(STORE_THREADS) rotate_and_store(const _
     }
 }
 
-// Shared memory of attend_one: queries [dim][ATTEND_HEADS], weights [chunk][ATTEND_HEADS], parts [ATTEND_HEADS][part], and when
-// they are staged the keys and values of the chunk.
+// Shared memory of attend_one: queries [dim][HEADS], weights [chunk][HEADS], parts [HEADS][part], and when they are staged the keys
+// and values of the chunk.
 struct attend_shared {
     float *query, *weight, *part;
     uint16_t *keys, *values;
@@ -108,9 +113,15 @@ __host__ __device__ inline uint32_t key_stride(uint32_t dim, bool staged)
     return KEY_POSITIONS * dim + (staged ? KEY_POSITIONS : 0);
 }
 
-__host__ __device__ inline size_t attend_bytes(uint32_t dim, bool staged)
+// Floats of the queries; what follows them begins at a multiple of 16 bytes.
+__host__ __device__ inline uint32_t query_floats(uint32_t heads, uint32_t dim)
 {
-    const size_t floats = static_cast<size_t>(ATTEND_HEADS) * (dim + MQ_ATTENTION_CHUNK + part_floats(dim));
+    return (heads * dim + 3) / 4 * 4;
+}
+
+__host__ __device__ inline size_t attend_bytes(uint32_t heads, uint32_t dim, bool staged)
+{
+    const size_t floats = query_floats(heads, dim) + static_cast<size_t>(heads) * (MQ_ATTENTION_CHUNK + part_floats(dim));
     const size_t halves = static_cast<size_t>(MQ_ATTENTION_CHUNK / KEY_POSITIONS) * key_stride(dim, true)
                           + static_cast<size_t>(MQ_ATTENTION_CHUNK) * padded_dim(dim);
     return sizeof(float) * floats + (staged ? sizeof(uint16_t) * halves : 0);
@@ -130,28 +141,65 @@ __device__ inline void stage(const attention_job &job, const attend_shared &s, u
     copy_commit();
 }
 
+// `COUNT` neighbouring floats of shared memory.
+template <uint32_t COUNT>
+__device__ inline void load_floats(const float *from, float (&to)[COUNT])
+{
+    if constexpr (COUNT == 4) {
+        const float4 four = *reinterpret_cast<const float4 *>(from);
+        to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+    } else if constexpr (COUNT == 2) {
+        const float2 two = *reinterpret_cast<const float2 *>(from);
+        to[0] = two.x, to[1] = two.y;
+    } else {
+        to[0] = *from;
+    }
+}
+
 // Thread p scores position p for every query, then the block turns scores into weights: exp(score − largest).
+template <uint32_t HEADS>
 __device__ inline void weigh_positions(const attention_job &job, const attend_shared &s, uint32_t seen, const uint16_t *key, uint32_t stride)
 {
-    __shared__ float of_warp[ATTEND_THREADS / WARP][ATTEND_HEADS];
+    __shared__ float of_warp[ATTEND_THREADS / WARP][HEADS];
+    constexpr uint32_t AT_ONCE = 32, WIDE = MOST_HEADS / HEADS; // dimensions whose keys are loaded together; of one load of queries
     const uint32_t dim = job.dim, p = threadIdx.x, padded = padded_dim(dim);
-    float score[ATTEND_HEADS], largest[ATTEND_HEADS];
-    for (uint32_t h = 0; h < ATTEND_HEADS; h++) {
+    float score[HEADS], largest[HEADS];
+#pragma unroll
+    for (uint32_t h = 0; h < HEADS; h++) {
         score[h] = 0.0f;
     }
     if (p < seen) {
         const uint16_t *k = key + static_cast<size_t>(p / KEY_POSITIONS) * stride + p % KEY_POSITIONS;
-#pragma unroll 16
-        for (uint32_t i = 0; i < dim; i++) {
+        uint32_t begin = 0;
+        for (; begin + AT_ONCE <= dim; begin += AT_ONCE) {
+            uint16_t element[AT_ONCE];
+#pragma unroll
+            for (uint32_t i = 0; i < AT_ONCE; i++) {
+                element[i] = k[(begin + i) * KEY_POSITIONS];
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < AT_ONCE; i += WIDE) {
+                float query[MOST_HEADS];
+                load_floats(s.query + (begin + i) * HEADS, query);
+#pragma unroll
+                for (uint32_t t = 0; t < WIDE; t++) {
+#pragma unroll
+                    for (uint32_t h = 0; h < HEADS; h++) {
+                        score[h] = fmaf(query[t * HEADS + h], f16_to_f32(element[i + t]), score[h]);
+                    }
+                }
+            }
+        }
+        for (uint32_t i = begin; i < dim; i++) {
             const float element = f16_to_f32(k[i * KEY_POSITIONS]);
-            const float4 query = *reinterpret_cast<const float4 *>(s.query + i * ATTEND_HEADS);
-            score[0] = fmaf(query.x, element, score[0]);
-            score[1] = fmaf(query.y, element, score[1]);
-            score[2] = fmaf(query.z, element, score[2]);
-            score[3] = fmaf(query.w, element, score[3]);
+#pragma unroll
+            for (uint32_t h = 0; h < HEADS; h++) {
+                score[h] = fmaf(s.query[i * HEADS + h], element, score[h]);
+            }
         }
     }
-    for (uint32_t h = 0; h < ATTEND_HEADS; h++) {
+#pragma unroll
+    for (uint32_t h = 0; h < HEADS; h++) {
         score[h] = p < seen ? score[h] * job.scale : -INFINITY;
         largest[h] = largest_of_warp(score[h]);
         if (p % WARP == 0) {
@@ -159,12 +207,14 @@ __device__ inline void weigh_positions(const attention_job &job, const attend_sh
         }
     }
     __syncthreads();
-    for (uint32_t h = 0; h < ATTEND_HEADS; h++) {
+#pragma unroll
+    for (uint32_t h = 0; h < HEADS; h++) {
+#pragma unroll
         for (uint32_t w = 0; w < ATTEND_THREADS / WARP; w++) {
             largest[h] = fmaxf(largest[h], of_warp[w][h]);
         }
         if (p < seen) {
-            s.weight[p * ATTEND_HEADS + h] = exponential(score[h] - largest[h]);
+            s.weight[p * HEADS + h] = exponential(score[h] - largest[h]);
         }
         if (p == 0) {
             s.part[h * part_floats(dim) + padded + MQ_PART_LARGEST] = largest[h];
@@ -173,14 +223,19 @@ __device__ inline void weigh_positions(const attention_job &job, const attend_sh
     __syncthreads();
 }
 
-// Items (two of the queries, one dimension): the weighted sum of values. Then the sums of the weights, in 16 lanes each.
+// Items (one or two of the queries, one dimension): the weighted sum of values. Then the sums of the weights, in 16 lanes each.
+template <uint32_t HEADS>
 __device__ inline void sum_values(const attention_job &job, const attend_shared &s, uint32_t seen, const uint16_t *value)
 {
-    enum { AT_ONCE = 16 };
+    constexpr uint32_t AT_ONCE = 16, PAIR = HEADS == 1 ? 1 : 2, WIDE = HEADS == 1 ? 4 : 1; // WIDE: positions of one load of weights
     const uint32_t dim = job.dim, padded = padded_dim(dim), floats = part_floats(dim);
-    for (uint32_t item = threadIdx.x; item < 2 * padded; item += ATTEND_THREADS) {
-        const uint32_t i = item % padded, h = item / padded * 2;
-        float first = 0.0f, second = 0.0f;
+    for (uint32_t item = threadIdx.x; item < HEADS / PAIR * padded; item += ATTEND_THREADS) {
+        const uint32_t i = item % padded, h = item / padded * PAIR;
+        float sum[PAIR];
+#pragma unroll
+        for (uint32_t j = 0; j < PAIR; j++) {
+            sum[j] = 0.0f;
+        }
         for (uint32_t begin = 0; begin < seen; begin += AT_ONCE) { // the cache has room for whole sixteens of positions
             uint16_t element[AT_ONCE];
 #pragma unroll
@@ -188,21 +243,29 @@ __device__ inline void sum_values(const attention_job &job, const attend_shared 
                 element[t] = value[static_cast<size_t>(begin + t) * padded + i];
             }
 #pragma unroll
-            for (uint32_t t = 0; t < AT_ONCE; t++) {
-                const float2 weight = *reinterpret_cast<const float2 *>(s.weight + (begin + t) * ATTEND_HEADS + h);
-                const bool sees = begin + t < seen;
-                first = sees ? fmaf(weight.x, f16_to_f32(element[t]), first) : first;
-                second = sees ? fmaf(weight.y, f16_to_f32(element[t]), second) : second;
+            for (uint32_t t = 0; t < AT_ONCE; t += WIDE) {
+                float weight[WIDE * PAIR];
+                load_floats(s.weight + (begin + t) * HEADS + h, weight);
+#pragma unroll
+                for (uint32_t u = 0; u < WIDE; u++) {
+                    const bool sees = begin + t + u < seen;
+#pragma unroll
+                    for (uint32_t j = 0; j < PAIR; j++) {
+                        sum[j] = sees ? fmaf(weight[u * PAIR + j], f16_to_f32(element[t + u]), sum[j]) : sum[j];
+                    }
+                }
             }
         }
-        s.part[h * floats + i] = first;
-        s.part[(h + 1) * floats + i] = second;
+#pragma unroll
+        for (uint32_t j = 0; j < PAIR; j++) {
+            s.part[(h + j) * floats + i] = sum[j];
+        }
     }
-    const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    if (warp < ATTEND_HEADS) {
+    const uint32_t warp = ATTEND_THREADS / WARP - 1 - threadIdx.x / WARP, lane = threadIdx.x % WARP; // the last warps, which have least to do
+    if (warp < HEADS) {
         float total = 0.0f;
         for (uint32_t t = lane; lane < LANES && t < seen; t += LANES) {
-            total += s.weight[t * ATTEND_HEADS + warp];
+            total += s.weight[t * HEADS + warp];
         }
         total = fold_lanes(total);
         if (lane == 0) {
@@ -229,19 +292,18 @@ __device__ inline float joined(const float *parts, uint32_t chunks, uint32_t dim
     return part * (1.0f / total);
 }
 
-// One token, grid (chunks, heads_kv, fours of the heads that share one): rotates, stores its key and value, attends. The positions
+// One token, grid (chunks, heads_kv, HEADS of the heads that share one): rotates, stores its key and value, attends. The positions
 // of earlier passes are staged while the kernels before this one still run.
-template <bool STAGED>
+template <bool STAGED, uint32_t HEADS>
 static __global__ void __launch_bounds__(ATTEND_THREADS) attend_one(const __grid_constant__ attention_job job)
 {
     const uint32_t dim = job.dim, half = dim / 2, padded = padded_dim(dim), floats = part_floats(dim);
     const uint32_t shared_by = job.heads / job.heads_kv, kv = blockIdx.y, chunk = blockIdx.x;
-    const uint32_t first = kv * shared_by + blockIdx.z * ATTEND_HEADS, left = shared_by - blockIdx.z * ATTEND_HEADS;
-    const uint32_t heads = left < ATTEND_HEADS ? left : ATTEND_HEADS;
-    float *memory = dynamic_shared<float>();
-    uint16_t *staged = reinterpret_cast<uint16_t *>(memory + ATTEND_HEADS * (dim + MQ_ATTENTION_CHUNK + floats));
-    const attend_shared s = {memory, memory + ATTEND_HEADS * dim, memory + ATTEND_HEADS * (dim + MQ_ATTENTION_CHUNK), staged,
-                             staged + MQ_ATTENTION_CHUNK / KEY_POSITIONS * key_stride(dim, true)};
+    const uint32_t first = kv * shared_by + blockIdx.z * HEADS, left = shared_by - blockIdx.z * HEADS;
+    const uint32_t heads = left < HEADS ? left : HEADS;
+    float *memory = dynamic_shared<float>(), *weights = memory + query_floats(HEADS, dim), *parts_here = weights + HEADS * MQ_ATTENTION_CHUNK;
+    uint16_t *staged = reinterpret_cast<uint16_t *>(parts_here + HEADS * floats);
+    const attend_shared s = {memory, weights, parts_here, staged, staged + MQ_ATTENTION_CHUNK / KEY_POSITIONS * key_stride(dim, true)};
     const size_t position = job.state->position; // does not change during a pass
     const uint32_t chunks = static_cast<uint32_t>(position) / MQ_ATTENTION_CHUNK + 1;
     const size_t begin = static_cast<size_t>(chunk) * MQ_ATTENTION_CHUNK, from = kv * job.positions + begin;
@@ -263,21 +325,21 @@ static __global__ void __launch_bounds__(ATTEND_THREADS) attend_one(const __grid
     }
     if (last) {
         uint16_t *column = s.keys + before / KEY_POSITIONS * key_stride(dim, true) + before % KEY_POSITIONS;
-        store_position(job, kv, position, job.k + kv * dim, job.v + kv * dim, STAGED ? column : nullptr,
+        store_position(job, kv, position, job.k + kv * dim, job.v + kv * dim, blockIdx.z == 0 || !STAGED, STAGED ? column : nullptr,
                        STAGED ? s.values + before * padded : nullptr);
     }
-    for (uint32_t i = threadIdx.x; i < ATTEND_HEADS * half; i += ATTEND_THREADS) {
+    for (uint32_t i = threadIdx.x; i < HEADS * half; i += ATTEND_THREADS) {
         const uint32_t h = i / half, at = i % half;
         float2 pair = make_float2(0.0f, 0.0f);
         if (h < heads) {
             pair = rotated(job.q + static_cast<size_t>(first + h) * dim, job.cosine + position * half, job.sine + position * half, half, at);
         }
-        s.query[at * ATTEND_HEADS + h] = pair.x;
-        s.query[(half + at) * ATTEND_HEADS + h] = pair.y;
+        s.query[at * HEADS + h] = pair.x;
+        s.query[(half + at) * HEADS + h] = pair.y;
     }
     __syncthreads();
-    weigh_positions(job, s, seen, STAGED ? s.keys : key, key_stride(dim, STAGED));
-    sum_values(job, s, seen, STAGED ? s.values : value);
+    weigh_positions<HEADS>(job, s, seen, STAGED ? s.keys : key, key_stride(dim, STAGED));
+    sum_values<HEADS>(job, s, seen, STAGED ? s.values : value);
     float *out = job.out + static_cast<size_t>(first) * dim;
     if (chunks == 1) {
         for (uint32_t i = threadIdx.x; i < heads * dim; i += ATTEND_THREADS) {

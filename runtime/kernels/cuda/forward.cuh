@@ -252,6 +252,21 @@ static void start_point(pass *p, uint32_t block, uint32_t point, const point_io 
     }
 }
 
+template <uint32_t VALUE>
+struct constant {
+    static constexpr uint32_t value = VALUE;
+};
+
+// what(constant<staged>, constant<heads>)
+template <typename What>
+static void with_heads(bool staged, uint32_t heads, const What &what)
+{
+    const auto of = [&](auto several) {
+        staged ? what(constant<1>(), several) : what(constant<0>(), several);
+    };
+    heads == 1 ? of(constant<1>()) : heads == 2 ? of(constant<2>()) : of(constant<4>());
+}
+
 static void start_attention(pass *p, uint32_t block)
 {
     mq_cuda_session *s = p->s;
@@ -276,13 +291,18 @@ static void start_attention(pass *p, uint32_t block)
     job.out = s->on.attended;
     job.state = s->on.state;
     if (p->n == 1) {
-        const uint32_t fours = (hp.head_count / hp.head_count_kv + ATTEND_HEADS - 1) / ATTEND_HEADS;
-        const dim3 grid(p->chunks, hp.head_count_kv, fours);
-        if (s->model->staged) {
-            start(p, grid, ATTEND_THREADS, attend_bytes(hp.head_dim, true), attend_one<true>, job);
-        } else {
-            start(p, grid, ATTEND_THREADS, attend_bytes(hp.head_dim, false), attend_one<false>, job);
+        const uint32_t shared = hp.head_count / hp.head_count_kv, places = s->model->multiprocessors;
+        uint32_t heads = 1; // of a block of threads
+        while (heads < MOST_HEADS && heads < shared && p->chunks * hp.head_count_kv * ((shared + heads - 1) / heads) > places) {
+            heads *= 2;
         }
+        const dim3 grid(p->chunks, hp.head_count_kv, (shared + heads - 1) / heads);
+        const auto attend = [&](auto staged, auto several) {
+            constexpr bool STAGED = decltype(staged)::value != 0;
+            constexpr uint32_t HEADS = decltype(several)::value;
+            start(p, grid, ATTEND_THREADS, attend_bytes(HEADS, hp.head_dim, STAGED), attend_one<STAGED, HEADS>, job);
+        };
+        with_heads(s->model->staged, heads, attend);
         return;
     }
     start(p, dim3(hp.head_count + hp.head_count_kv, p->n), STORE_THREADS, 0, rotate_and_store, job);

@@ -258,7 +258,7 @@ static int32_t open_model(const mq_model *host, mq_cuda_model **out, mq_cuda_mes
     }
     model->host = host;
     model->multiprocessors = static_cast<uint32_t>(properties.multiProcessorCount);
-    model->staged = attend_bytes(host->hparams.head_dim, true) <= properties.sharedMemPerBlockOptin;
+    model->staged = attend_bytes(MOST_HEADS, host->hparams.head_dim, true) <= properties.sharedMemPerBlockOptin;
     model->pdl = properties.major >= 9;
     model->bytes = static_cast<size_t>(host->mapping.data + host->mapping.size - first);
     if (place_weights(model, first, properties.integrated != 0, message) != 0) {
