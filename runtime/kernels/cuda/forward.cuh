@@ -112,26 +112,23 @@ static void start_many(pass *p, const matvec_job &job)
     }
 }
 
-// The first rows of `count` linears: as many bytes as memory brings while no kernel reads.
-static coming_linears asked_ahead(const mq_matrix *matrix, uint32_t count, const uint8_t *table, uint32_t depth)
-{
 #ifndef MQ_AHEAD
 #define MQ_AHEAD (16 << 20)
 #endif
-    enum { AHEAD = MQ_AHEAD }; // bytes
-    coming_linears coming = {};
+enum { AHEAD_BYTES = MQ_AHEAD }; // of linears in a row: what memory brings while no kernel reads
+
+// The first rows of `count` linears that follow together.
+static void ask_for(coming_linears *coming, const mq_matrix *matrix, uint32_t count)
+{
     uint64_t rows = 0;
     for (uint32_t i = 0; i < count; i++) {
         rows += matrix[i].rows;
     }
     for (uint32_t i = 0; i < count; i++) {
-        coming.matrix[i] = matrix[i];
-        coming.most[i] = static_cast<uint32_t>(static_cast<uint64_t>(AHEAD) * matrix[i].rows / rows);
+        coming->matrix[coming->count] = matrix[i];
+        coming->most[coming->count] = static_cast<uint32_t>(static_cast<uint64_t>(AHEAD_BYTES) * matrix[i].rows / rows);
+        coming->count++;
     }
-    coming.count = count;
-    coming.table = table;
-    coming.depth = depth;
-    return coming;
 }
 
 // Of a pass of one token, what `point` of a block multiplies with; past the last block the output head.
@@ -139,14 +136,22 @@ static coming_linears what_comes(const pass *p, uint32_t block, uint32_t point)
 {
     const mq_cuda_session *s = p->s;
     const mq_cuda_model *model = s->model;
+    coming_linears coming = {};
     if (block == model->host->hparams.block_count) {
-        return asked_ahead(&model->output, p->output_depth > 0 ? 1 : 0, nullptr, p->output_depth);
+        coming.depth = p->output_depth;
+        ask_for(&coming, &model->output, p->output_depth > 0 ? 1 : 0);
+        return coming;
     }
     const size_t linear = static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
     const mq_block *weights = &model->blocks[block];
     const mq_router &router = weights->router[point];
     // What a router will ask for is not known, but for the first slice.
-    coming_linears coming = asked_ahead(&weights->linear[FIRST_LINEAR[point]], router.linears, s->routed ? nullptr : s->on.table + linear, 1);
+    coming.depth = 1;
+    coming.table = s->routed ? nullptr : s->on.table + linear;
+    ask_for(&coming, &weights->linear[FIRST_LINEAR[point]], router.linears);
+    if (point == 1) { // and what comes after it: attention leaves memory idle for longer
+        ask_for(&coming, &weights->linear[FIRST_LINEAR[2]], weights->router[2].linears);
+    }
     const uint32_t hidden = model->host->hparams.router_hidden, gates = router.linears * MQ_GATES;
     const struct { const void *at; size_t bytes; } small[MOST_SMALL] = {
         {point == 0 ? weights->attn_norm : point == 2 ? weights->ffn_norm : nullptr, router.columns * sizeof(float)},

@@ -104,7 +104,8 @@ static int32_t measure_matvec(uint32_t rows, uint32_t columns, uint32_t depth, u
         job.matrix[0] = copy(i);
         if (model.pdl) { // as in a pass, where one linear's weights are asked for while the one before ends
             const mq_matrix next = copy((i + 1) % copies);
-            job.coming = asked_ahead(&next, 1, nullptr, depth);
+            job.coming.depth = depth;
+            ask_for(&job.coming, &next, 1);
         }
         start_linears(&p, job, 1);
     }
