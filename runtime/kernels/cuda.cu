@@ -96,7 +96,9 @@ static int32_t open_checked(const mq_model *model, mq_cuda_model **out, mq_cuda_
     const uint32_t dim = model->hparams.head_dim;
     int32_t failed = open_model(model, out, message);
     if (failed == 0) {
-        cudaError_t error = allow_shared(prepare, prepare_shared(groups_of(widest_input(model)), model->hparams.router_hidden));
+        const size_t prepared = prepare_shared(groups_of(widest_input(model)), model->hparams.router_hidden);
+        cudaError_t error = allow_shared(prepare<ALONE_WARPS>, prepared);
+        error = error == cudaSuccess ? allow_shared(prepare<TOGETHER_WARPS>, prepared) : error;
         error = error == cudaSuccess ? plan_inputs(*out) : error;
         for (uint32_t heads = 1; heads <= MOST_HEADS && error == cudaSuccess; heads *= 2) {
             with_heads((*out)->staged, heads, [&](auto staged, auto several) {

@@ -49,7 +49,7 @@ __device__ inline float2 rotated(const float *head, const float *cosine, const f
 // The key and value of one kv head at one position, from one token's k (before rotation) and v, to the cache if `cached`; with
 // `column_too`, there too.
 __device__ inline void store_position(const attention_job &job, uint32_t head, size_t position, const float *k, const float *v,
-                                      bool cached = true, uint16_t *column_too = nullptr, uint16_t *row_too = nullptr)
+                                      bool cached, uint16_t *column_too, uint16_t *row_too)
 {
     const uint32_t half = job.dim / 2, padded = padded_dim(job.dim);
     const float *cosine = job.cosine + position * half, *sine = job.sine + position * half;
@@ -79,24 +79,47 @@ __device__ inline void store_position(const attention_job &job, uint32_t head, s
     }
 }
 
-// Of several tokens, grid (heads + heads_kv, n): queries are rotated in place, keys and values go to the cache.
-static __global__ void __launch_bounds__(STORE_THREADS) rotate_and_store(const __grid_constant__ attention_job job)
+enum { STORE_TOKENS = KEY_POSITIONS, MOST_DIM = 256 };
+
+// Of n tokens, grid (heads + heads_kv, sixteens of tokens): queries are rotated in place, keys and values go to the cache, keys by way of
+// shared memory, so that neighbouring threads write neighbouring positions.
+static __global__ void __launch_bounds__(STORE_THREADS) rotate_and_store(const __grid_constant__ attention_job job, uint32_t n)
 {
-    const uint32_t token = blockIdx.y, half = job.dim / 2;
+    __shared__ uint16_t key[STORE_TOKENS][MOST_DIM + 2];
+    const uint32_t first = blockIdx.y * STORE_TOKENS, tokens = n - first < STORE_TOKENS ? n - first : STORE_TOKENS;
+    const uint32_t dim = job.dim, half = dim / 2, padded = padded_dim(dim), head = blockIdx.x - job.heads;
     pdl_launch();
     pdl_wait();
-    const size_t position = job.state->position + token;
-    if (blockIdx.x >= job.heads) {
-        const uint32_t head = blockIdx.x - job.heads;
-        const size_t at = (static_cast<size_t>(token) * job.heads_kv + head) * job.dim;
-        store_position(job, head, position, job.k + at, job.v + at);
+    const size_t position = job.state->position + first;
+    for (uint32_t i = threadIdx.x; i < tokens * half; i += STORE_THREADS) {
+        const uint32_t t = i / half, at = i % half;
+        const float *cosine = job.cosine + (position + t) * half, *sine = job.sine + (position + t) * half;
+        if (blockIdx.x < job.heads) {
+            float *q = job.q + (static_cast<size_t>(first + t) * job.heads + blockIdx.x) * dim;
+            const float2 pair = rotated(q, cosine, sine, half, at);
+            q[at] = pair.x;
+            q[half + at] = pair.y;
+        } else {
+            const float2 pair = rotated(job.k + (static_cast<size_t>(first + t) * job.heads_kv + head) * dim, cosine, sine, half, at);
+            key[t][at] = f32_to_f16(pair.x);
+            key[t][half + at] = f32_to_f16(pair.y);
+        }
+    }
+    if (blockIdx.x < job.heads) {
         return;
     }
-    float *q = job.q + (static_cast<size_t>(token) * job.heads + blockIdx.x) * job.dim;
-    for (uint32_t i = threadIdx.x; i < half; i += STORE_THREADS) {
-        const float2 pair = rotated(q, job.cosine + position * half, job.sine + position * half, half, i);
-        q[i] = pair.x;
-        q[half + i] = pair.y;
+    for (uint32_t i = threadIdx.x; i < tokens * padded; i += STORE_THREADS) {
+        const uint32_t t = i / padded, at = i % padded;
+        const float *v = job.v + (static_cast<size_t>(first + t) * job.heads_kv + head) * dim;
+        job.values[(head * job.positions + position + t) * padded + at] = at < dim ? f32_to_f16(v[at]) : 0;
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < STORE_TOKENS * dim; i += STORE_THREADS) {
+        const uint32_t t = i % STORE_TOKENS, at = i / STORE_TOKENS;
+        if (t < tokens) {
+            const size_t p = position + t, block = p / KEY_POSITIONS * KEY_POSITIONS;
+            job.keys[(head * job.positions + block) * dim + at * KEY_POSITIONS + p % KEY_POSITIONS] = key[t][at];
+        }
     }
 }
 

@@ -15,6 +15,7 @@ struct mq_cuda_job {
     size_t depth_stride;
     float *y; // [n][y_stride]
     size_t y_stride;
+    bool add; // y += product
 };
 
 

@@ -32,17 +32,6 @@ static __global__ void __launch_bounds__(END_THREADS) embed(const __grid_constan
     }
 }
 
-// x += y
-static __global__ void __launch_bounds__(END_THREADS) add_rows(float *x, const float *y, uint32_t count)
-{
-    const uint32_t i = blockIdx.x * END_THREADS + threadIdx.x;
-    pdl_launch();
-    pdl_wait();
-    if (i < count) {
-        x[i] += y[i];
-    }
-}
-
 // A logit and its token as one number that orders as they do: larger logits first, of equal ones the lower token.
 __device__ inline unsigned long long rank(float logit, uint32_t token)
 {

@@ -63,7 +63,12 @@ static void start_prepare(pass *p, uint32_t block, uint32_t point, const float *
         job.depths = s->on.depths + linear;
         job.depth_stride = host->hparams.block_count * MQ_LINEARS;
     }
-    start(p, dim3(prepare_blocks(job.groups), n), PREPARE_THREADS, prepare_shared(job.groups, job.n_hidden), prepare, job);
+    const dim3 grid(prepare_blocks(job.groups), n);
+    if (n == 1) {
+        start(p, grid, ALONE_WARPS * WARP, prepare_shared(job.groups, job.n_hidden), prepare<ALONE_WARPS>, job);
+    } else {
+        start(p, grid, TOGETHER_WARPS * WARP, prepare_shared(job.groups, job.n_hidden), prepare<TOGETHER_WARPS>, job);
+    }
 }
 
 // The linears that `job` lists, of n tokens whose input another kernel has quantised, unless job.input says otherwise.
@@ -104,7 +109,7 @@ static void start_many(pass *p, const matvec_job &job)
     mq_cuda_job many[MATVEC_JOBS];
     for (uint32_t i = 0; i < job.count; i++) {
         const uint8_t *depths = job.depths + static_cast<size_t>(p->position) * job.depth_stride + i;
-        many[i] = {job.matrix[i], depths, job.depth_stride, job.y[i], job.matrix[i].rows};
+        many[i] = {job.matrix[i], depths, job.depth_stride, job.y[i], job.matrix[i].rows, job.add};
     }
     const mq_activations x = {s->on.activations, s->on.scale, s->on.sum, job.matrix[0].groups};
     if (p->error == cudaSuccess) {
@@ -225,7 +230,7 @@ static void start_point(pass *p, uint32_t block, uint32_t point, const point_io 
     job.count = weights->router[point].linears;
     for (uint32_t i = 0; i < job.count; i++) {
         job.matrix[i] = first[i];
-        job.y[i] = many && io.add ? s->on.branch : io.y[i];
+        job.y[i] = io.y[i];
     }
     const size_t linear = static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
     job.depth_stride = s->model->host->hparams.block_count * MQ_LINEARS;
@@ -250,11 +255,6 @@ static void start_point(pass *p, uint32_t block, uint32_t point, const point_io 
         return;
     }
     start_many(p, job);
-    if (io.add) {
-        const uint32_t count = p->n * first->rows;
-        start(p, dim3((count + END_THREADS - 1) / END_THREADS), END_THREADS, 0, add_rows, io.y[0],
-              static_cast<const float *>(s->on.branch), count);
-    }
 }
 
 template <uint32_t VALUE>
@@ -310,7 +310,7 @@ static void start_attention(pass *p, uint32_t block)
         with_heads(s->model->staged, heads, attend);
         return;
     }
-    start(p, dim3(hp.head_count + hp.head_count_kv, p->n), STORE_THREADS, 0, rotate_and_store, job);
+    start(p, dim3(hp.head_count + hp.head_count_kv, (p->n + STORE_TOKENS - 1) / STORE_TOKENS), STORE_THREADS, 0, rotate_and_store, job, p->n);
     if (p->error == cudaSuccess) {
         const mq_cuda_attention several = {job.q, job.keys, job.values, job.positions, job.heads, job.heads_kv, job.dim,
                                            p->position, p->n, job.scale, job.out};

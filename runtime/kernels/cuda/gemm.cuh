@@ -221,10 +221,10 @@ static __global__ void __launch_bounds__(WARPS_M *WARPS_N * 32, BLOCKS_PER_SM) g
                     const uint32_t tile = rows.tile + warp_row / 16 + m;
                     const uint32_t row = (b.tile_begin[rows.job] + tile) * MQ_TILE_ROWS + lane / 4;
                     if (tile < b.tiles[rows.job] && row < job.matrix.rows) {
-                        out[row] = y[m][n][k];
+                        out[row] = job.add ? out[row] + y[m][n][k] : y[m][n][k];
                     }
                     if (tile < b.tiles[rows.job] && row + 8 < job.matrix.rows) {
-                        out[row + 8] = y[m][n][k + 2];
+                        out[row + 8] = job.add ? out[row + 8] + y[m][n][k + 2] : y[m][n][k + 2];
                     }
                 }
             }

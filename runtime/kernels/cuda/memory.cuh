@@ -38,7 +38,6 @@ struct session_buffers {
     int8_t *activations;          // [B][widest groups·128]
     float *scale, *sum;           // [B][widest groups]
     float *parts;                 // [heads][chunks][part]
-    float *branch;                // [B][E] what a sub-layer adds to x
     uint8_t *codes;               // workspace of matmat.cuh
     int *sums;                    // [B][widest groups][n_hidden + 1]
     int8_t *gated;                // [groups·128] of F, one token's
@@ -142,7 +141,6 @@ static void plan_session(const mq_cuda_session *s, arena *memory, session_buffer
     memory->take(on->activations, n, groups, MQ_GROUP_SIZE);
     memory->take(on->scale, n, groups);
     memory->take(on->sum, n, groups);
-    memory->take(on->branch, n, width);
     memory->take(on->codes, s->codes_bytes);
     memory->take(on->sums, n, groups, hp.router_hidden + 1);
     memory->take(on->gated, groups_of(hp.feed_forward_length), MQ_GROUP_SIZE);

@@ -1,8 +1,9 @@
 // prepare.cuh: what the input of a group of linears goes through: norm or SwiGLU, quantisation to int8, and the depth of each linear,
 // from its router or from the table of an unrouted budget. No depth leaves the device.
 //
-// A warp has one group of 128 columns, a block of threads 32 groups. A wider input has several blocks, of which the one that ends
-// last adds up the groups' sums for the router.
+// A block of threads has 32 groups of 128 columns, a warp one of them, or four where many tokens wait: then the sums of one token's norm,
+// which take long and few threads, run beside those of others. A wider input has several blocks, of which the one that ends last
+// adds up the groups' sums for the router.
 #ifndef MQ_CUDA_PREPARE_H
 #define MQ_CUDA_PREPARE_H
 
@@ -11,7 +12,7 @@
 #include "quantize.cuh"
 #include "routing.cuh"
 
-enum { PREPARE_GROUPS = 32, PREPARE_THREADS = PREPARE_GROUPS * WARP };
+enum { PREPARE_GROUPS = 32, ALONE_WARPS = 32, TOGETHER_WARPS = 8 };
 
 struct prepare_job {
     const float *x, *up; // [n][columns]; up: of SwiGLU, whose gate is x, else NULL
@@ -40,8 +41,7 @@ __host__ __device__ inline uint32_t prepare_blocks(uint32_t groups)
 // Shared memory: the input on its way through the norm, then scales and sums of every group of a token.
 static inline size_t prepare_shared(uint32_t groups, uint32_t n_hidden)
 {
-    const size_t norm = NORM_PIECE * sizeof(float), all = groups * (sizeof(float) + sizeof(int) * (n_hidden + 1));
-    return norm > all ? norm : all;
+    return NORM_PIECE * sizeof(float) + groups * (sizeof(float) + sizeof(int) * (n_hidden + 1));
 }
 
 // One warp: four columns a lane. Returns the lane's four codes; the scale and the sum of squares are of the group.
@@ -70,52 +70,62 @@ __device__ inline uint32_t quantize_group(const prepare_job &job, uint32_t token
 }
 
 // Grid (prepare_blocks, n).
-static __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_constant__ prepare_job job)
+template <uint32_t WARPS>
+static __global__ void __launch_bounds__(WARPS * WARP, WARPS == ALONE_WARPS ? 1 : 4) prepare(const __grid_constant__ prepare_job job)
 {
-    float *piece = dynamic_shared<float>();
+    constexpr uint32_t EACH = PREPARE_GROUPS / WARPS;
+    float *piece = dynamic_shared<float>(), *scales = piece + NORM_PIECE;
     const uint32_t token = blockIdx.y, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const uint32_t group = blockIdx.x * PREPARE_GROUPS + warp;
     const bool routed = job.router.linears > 0 && job.state->routed; // neither changes during a pass
-    const uint32_t column = group * MQ_GROUP_SIZE + lane * 4;
     const size_t row = static_cast<size_t>(token) * job.columns;
-    float x[4] = {0.0f, 0.0f, 0.0f, 0.0f}, other[4] = {0.0f, 0.0f, 0.0f, 0.0f}; // other: the norm's weights, or up
+    const auto group_at = [&](uint32_t u) { return blockIdx.x * PREPARE_GROUPS + u * WARPS + warp; };
+    const auto column_at = [&](uint32_t u) { return group_at(u) * MQ_GROUP_SIZE + lane * 4; };
+    float other[EACH][4] = {}; // the norm's weights, or up
     pdl_launch();
 #pragma unroll
-    for (uint32_t i = 0; i < 4; i++) {
-        if (job.norm != nullptr && column + i < job.columns) {
-            other[i] = job.norm[column + i];
+    for (uint32_t u = 0; u < EACH; u++) {
+        if (job.norm != nullptr) {
+            load_four(job.norm, column_at(u), job.columns, other[u]);
         }
-    }
-    if (routed && lane < job.n_hidden && group < job.groups) {
-        prefetch_l2(job.router.hidden + (static_cast<size_t>(lane) * job.groups + group) * MQ_GROUP_SIZE);
+        if (routed && lane < job.n_hidden && group_at(u) < job.groups) {
+            prefetch_l2(job.router.hidden + (static_cast<size_t>(lane) * job.groups + group_at(u)) * MQ_GROUP_SIZE);
+        }
     }
     pdl_wait();
+    float x[EACH][4];
+    const bool kept = job.norm != nullptr && job.columns <= NORM_PIECE; // x is then read by the norm
+    if (!kept) {
 #pragma unroll
-    for (uint32_t i = 0; i < 4; i++) {
-        if (column + i < job.columns) {
-            x[i] = job.x[row + column + i];
-            other[i] = job.up != nullptr ? job.up[row + column + i] : other[i];
+        for (uint32_t u = 0; u < EACH; u++) {
+            load_four(job.x + row, column_at(u), job.columns, x[u]);
+            if (job.up != nullptr) {
+                load_four(job.up + row, column_at(u), job.columns, other[u]);
+            }
         }
     }
-    float factor = 1.0f;
-    if (job.norm != nullptr) {
-        factor = norm_factor<NORM_PIECE>(job.x + row, job.columns, job.eps, piece);
-    }
-    int *sums = reinterpret_cast<int *>(piece) + job.groups, *mine = job.sums;
+    const float factor = job.norm == nullptr ? 1.0f : norm_factor<NORM_PIECE>(job.x + row, job.columns, job.eps, piece);
+    int *sums = reinterpret_cast<int *>(scales) + job.groups, *mine = job.sums;
     const bool alone = gridDim.x == 1;
     mine = alone ? sums : mine + static_cast<size_t>(token) * job.groups * (job.n_hidden + 1);
-    if (group < job.groups) {
-        float scale;
-        int squares;
-        const uint32_t packed = quantize_group(job, token, group, factor, x, other, scale, squares);
-        if (routed) {
-            const size_t words = static_cast<size_t>(job.groups) * (MQ_GROUP_SIZE / 4);
-            const uint32_t *hidden = reinterpret_cast<const uint32_t *>(job.router.hidden) + group * (MQ_GROUP_SIZE / 4) + lane;
-            hidden_words of_lane;
-            load_hidden(hidden, words, job.n_hidden, of_lane);
-            group_sums(of_lane, job.n_hidden, packed, squares, mine + group * (job.n_hidden + 1));
-            if (alone && lane == 0) {
-                piece[group] = scale;
+#pragma unroll
+    for (uint32_t u = 0; u < EACH; u++) {
+        const uint32_t group = group_at(u);
+        if (group < job.groups) {
+            float scale;
+            int squares;
+            if (kept) {
+                load_four(piece, column_at(u), job.columns, x[u]);
+            }
+            const uint32_t packed = quantize_group(job, token, group, factor, x[u], other[u], scale, squares);
+            if (routed) {
+                const size_t words = static_cast<size_t>(job.groups) * (MQ_GROUP_SIZE / 4);
+                const uint32_t *hidden = reinterpret_cast<const uint32_t *>(job.router.hidden) + group * (MQ_GROUP_SIZE / 4) + lane;
+                hidden_words of_lane;
+                load_hidden(hidden, words, job.n_hidden, of_lane);
+                group_sums(of_lane, job.n_hidden, packed, squares, mine + group * (job.n_hidden + 1));
+                if (alone && lane == 0) {
+                    scales[group] = scale;
+                }
             }
         }
     }
@@ -130,16 +140,17 @@ static __global__ void __launch_bounds__(PREPARE_THREADS) prepare(const __grid_c
         if (!arrives_last(job.arrived + token, gridDim.x)) {
             return;
         }
-        for (uint32_t i = threadIdx.x; i < job.groups; i += PREPARE_THREADS) {
-            piece[i] = __ldcg(job.scale + static_cast<size_t>(token) * job.groups + i);
+        for (uint32_t i = threadIdx.x; i < job.groups; i += WARPS * WARP) {
+            scales[i] = __ldcg(job.scale + static_cast<size_t>(token) * job.groups + i);
         }
-        for (uint32_t i = threadIdx.x; i < job.groups * (job.n_hidden + 1); i += PREPARE_THREADS) {
+#pragma unroll 4
+        for (uint32_t i = threadIdx.x; i < job.groups * (job.n_hidden + 1); i += WARPS * WARP) {
             sums[i] = __ldcg(mine + i);
         }
     }
     __syncthreads();
     if (warp == 0) {
-        decide(decision_of(job.router, job.thresholds, job.n_hidden, job.max_depth), piece, sums, depths);
+        decide(decision_of(job.router, job.thresholds, job.n_hidden, job.max_depth), scales, sums, depths);
     }
 }
 

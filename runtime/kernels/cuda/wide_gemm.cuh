@@ -183,17 +183,29 @@ static __global__ void __launch_bounds__(S::THREADS, 1) wide_gemm(const __grid_c
         const uint32_t lane = threadIdx.x % 32, tile = rows.tile + threadIdx.x / 32 - 4;
         const uint32_t row = (b.tile_begin[rows.job] + tile) * MQ_TILE_ROWS + lane / 4;
         const uint32_t *order = b.tokens[rows.job].order + tokens.begin;
+        constexpr uint32_t AT_ONCE = 8; // tokens of a lane whose sums so far are loaded together
 #pragma unroll
-        for (uint32_t i = 0; i < S::PIECES * S::PIECE / 8 * 2; i++) {
-            const uint32_t piece = i / (S::PIECE / 4), n = i / 2 % (S::PIECE / 8), k = i % 2;
-            const uint32_t slot = piece * S::PIECE + n * 8 + lane % 4 * 2 + k;
-            if (slot < tokens.count && tile < b.tiles[rows.job]) {
-                float *out = job.y + (size_t)order[slot] * job.y_stride;
-                if (row < job.matrix.rows) {
-                    out[row] = y[piece][4 * n + k];
+        for (uint32_t begin = 0; begin < S::PIECES * S::PIECE / 4; begin += AT_ONCE) {
+            float *out[AT_ONCE], before[AT_ONCE][2] = {};
+#pragma unroll
+            for (uint32_t i = 0; i < AT_ONCE; i++) {
+                const uint32_t slot = (begin + i) / 2 * 8 + lane % 4 * 2 + i % 2;
+                const bool valid = slot < tokens.count && tile < b.tiles[rows.job];
+                out[i] = valid ? job.y + (size_t)order[slot] * job.y_stride + row : nullptr;
+                if (valid && job.add) {
+                    before[i][0] = row < job.matrix.rows ? out[i][0] : 0.0f;
+                    before[i][1] = row + 8 < job.matrix.rows ? out[i][8] : 0.0f;
                 }
-                if (row + 8 < job.matrix.rows) {
-                    out[row + 8] = y[piece][4 * n + k + 2];
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < AT_ONCE; i++) {
+                const uint32_t piece = (begin + i) / (S::PIECE / 4), n = (begin + i) / 2 % (S::PIECE / 8), k = i % 2;
+#pragma unroll
+                for (uint32_t half = 0; half < 2; half++) {
+                    if (out[i] != nullptr && row + half * 8 < job.matrix.rows) {
+                        const float product = y[piece][4 * n + k + 2 * half];
+                        out[i][half * 8] = job.add ? before[i][half] + product : product;
+                    }
                 }
             }
         }
