@@ -218,12 +218,13 @@ int main()
     const linears_case few[] = {{{16}, 128, 2, 1, 0, false}, {{40}, 300, 5, MIXED, 0, false}, {{72}, 1200, 8, 2, 0, false},
                                 {{40, 33, 100}, 1300, 16, MIXED, 0, false}, {{48}, 2200, 11, 4, 0, false}, {{30}, 300, 1, 3, 0, true}};
     for (const linears_case &c : few) {
-        wrong += check_linears(c, mq::choose_gemm());
+        wrong += check_linears(c, mq::choose_gemm(c.n, c.depth == MIXED));
     }
     const linears_case many[] = {{{48}, 256, 17, 1, 0, false},      {{200}, 700, 40, MIXED, 0, false},
                                  {{130, 50, 16}, 1400, 350, MIXED, 0, false}, {{400}, 300, 70, 3, 8, false},
                                  {{150, 300}, 200, 33, MIXED, 9, false},      {{64}, 300, 20, 4, 0, true}};
-    const mq::gemm_launch gemms[] = {mq::choose_gemm(), mq::launch_gemm<4, 2, 2, 1>};
+    const mq::gemm_launch gemms[] = {mq::choose_gemm(64, false), mq::choose_gemm(128, false), mq::choose_gemm(256, false),
+                                     mq::launch_gemm<4, 2, 2, 1>};
     for (const mq::gemm_launch gemm : gemms) {
         for (const linears_case &c : many) {
             wrong += check_linears(c, gemm);

@@ -113,7 +113,7 @@ static void start_many(pass *p, const matvec_job &job)
     }
     const mq_activations x = {s->on.activations, s->on.scale, s->on.sum, job.matrix[0].groups};
     if (p->error == cudaSuccess) {
-        p->error = mq_cuda_matmat(many, job.count, x, p->n, s->on.codes, s->codes_bytes, s->stream);
+        p->error = mq_cuda_matmat(many, job.count, x, p->n, s->routed, s->on.codes, s->codes_bytes, s->stream);
     }
 }
 

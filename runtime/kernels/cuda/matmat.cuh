@@ -62,8 +62,8 @@ inline cudaError_t matmat(const mq_cuda_job *jobs, uint32_t count, const mq_acti
     return status;
 }
 
-// The fastest there is for this device.
-inline gemm_launch choose_gemm()
+// The fastest there is for this device and n tokens. mixed: they may differ in depth, and each depth fills blocks of its own.
+inline gemm_launch choose_gemm(uint32_t n, bool mixed)
 {
     int device = 0, major = 0, minor = 0, shared = 0;
     cudaGetDevice(&device);
@@ -71,7 +71,8 @@ inline gemm_launch choose_gemm()
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (major == 9 && minor == 0) {
-        return launch_wide<2, 2, 128, 4>;
+        const uint32_t together = mixed ? n / 2 : n; // of the depth that most have, say
+        return together <= 64 ? launch_wide<2, 1, 64, 7> : together <= 128 ? launch_wide<2, 1, 128, 6> : launch_wide<2, 2, 128, 4>;
     }
     return (size_t)shared >= gemm_shape<4, 2, 4>::SHARED ? launch_gemm<4, 2, 4, 1> : launch_gemm<4, 2, 2, 1>;
 }
@@ -84,10 +85,11 @@ inline size_t mq_cuda_matmat_workspace(uint32_t n, size_t rows, size_t groups)
     return mq::MAX_JOBS * mq::sorted_bytes(n) + (rows / MQ_TILE_ROWS + mq::LEAST_TILES) * groups * mq::CODE_BYTES;
 }
 
-inline cudaError_t mq_cuda_matmat(const mq_cuda_job *jobs, uint32_t count, const mq_activations &x, uint32_t n, void *workspace,
+// mixed: tokens may differ in depth.
+inline cudaError_t mq_cuda_matmat(const mq_cuda_job *jobs, uint32_t count, const mq_activations &x, uint32_t n, bool mixed, void *workspace,
                                   size_t workspace_bytes, cudaStream_t stream)
 {
-    return mq::matmat(jobs, count, x, n, workspace, workspace_bytes, stream, mq::choose_gemm());
+    return mq::matmat(jobs, count, x, n, workspace, workspace_bytes, stream, mq::choose_gemm(n, mixed));
 }
 
 #endif
