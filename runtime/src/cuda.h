@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-enum { MQ_CUDA_ABI = 1, MQ_CUDA_MESSAGE = 320 };
+enum { MQ_CUDA_ABI = 2, MQ_CUDA_MESSAGE = 320 };
 
 typedef struct mq_cuda_model mq_cuda_model;     /* a file's tensors in the memory of a GPU */
 typedef struct mq_cuda_session mq_cuda_session; /* a KV cache and the buffers of a pass there */
@@ -44,7 +44,7 @@ typedef struct mq_cuda_output {
 typedef struct mq_cuda_session_options {
     uint32_t n_ctx, n_batch;
     float attention_scale;
-    const float *cosine, *sine; /* [n_ctx][head_dim / 2] */
+    const float *cosine, *sine; /* [n_ctx][rope_dim / 2]; NULL: no block rotates its heads */
 } mq_cuda_session_options;
 
 typedef struct mq_cuda_api {

@@ -91,27 +91,20 @@ mq_status mq_device_measure_matvec(uint32_t rows, uint32_t columns, uint32_t dep
     return MQ_OK;
 }
 
-/* What the CUDA library computes is plain Llama. The first thing that a model has beyond it; NULL: nothing. */
+/* The first thing that a model has and the CUDA library does not compute; NULL: nothing. */
 static const char *missing_there(const mq_model *model)
 {
     const mq_hparams *hp = &model->hparams;
     const mq_block *block = &model->blocks[0]; /* a vector is in every block or in none */
-    bool rotated = hp->rope_dim == hp->head_dim, biased = false;
+    bool local = false;
     for (uint32_t i = 0; i < hp->block_count; i++) {
-        rotated = rotated && model->blocks[i].rope == MQ_ROPE_MAIN;
-    }
-    for (size_t i = 0; i < MQ_BIASES; i++) {
-        biased = biased || block->bias[i] != NULL;
+        local = local || model->blocks[i].rope == MQ_ROPE_LOCAL;
     }
     const struct { bool has; const char *what; } beyond[] = {
         {hp->sliding_window != 0, "sliding windows"},
-        {biased, "biases"},
-        {block->q_norm != NULL || block->k_norm != NULL, "norms of heads"},
         {block->attn_post_norm != NULL || block->ffn_post_norm != NULL, "norms after attention and feed-forward"},
-        {!rotated, "heads that are rotated in part, not in every block, or by two tables"},
-        {hp->activation != MQ_ACTIVATION_SILU, "another activation than SiLU"},
+        {local, "heads that are rotated by two tables"},
         {hp->attention_softcap != 0.0f || hp->output_softcap != 0.0f, "soft-capped scores or logits"},
-        {hp->embedding_scale != 1.0f, "a scaled embedding"},
     };
     for (size_t i = 0; i < sizeof beyond / sizeof beyond[0]; i++) {
         if (beyond[i].has) {

@@ -51,9 +51,11 @@ __device__ inline float largest_of_warp(float value)
     return value;
 }
 
-__device__ inline float swiglu(float gate, float up)
+// The gate's activation, SiLU or GELU in its tanh form, times up.
+__device__ inline float activated(bool gelu, float gate, float up)
 {
-    return gate / (1.0f + exponential(-gate)) * up;
+    const float z = gelu ? gate * fmaf(gate * gate, MQ_GELU_CUBIC, MQ_GELU_LINEAR) : gate;
+    return gate / (1.0f + exponential(-z)) * up;
 }
 
 #endif

@@ -19,7 +19,11 @@ struct attention_job {
     const float *v;          // [n][heads_kv·dim]
     uint16_t *keys, *values; // of the block of the model
     size_t positions;        // of the cache, a multiple of 16
-    const float *cosine, *sine; // [n_ctx][dim / 2]
+    const float *cosine, *sine; // [n_ctx][pairs]
+    uint32_t pairs;             // of a head's dimensions that are rotated, i and pairs + i; 0: none
+    const float *bias[3];       // of queries, keys and values: [heads·dim], [heads_kv·dim]; NULL: none
+    const float *norm[2];       // of every head of queries and of keys, before the rotation: [dim]; NULL: none
+    float eps;
     uint32_t heads, heads_kv, dim;
     float scale;
     float *parts;            // of one token: [head][chunks][mq_part_floats(dim)]
@@ -39,37 +43,70 @@ __host__ __device__ inline uint32_t part_floats(uint32_t dim)
     return padded_dim(dim) + MQ_PART_TAIL;
 }
 
-// Elements i and half + i of a head.
-__device__ inline float2 rotated(const float *head, const float *cosine, const float *sine, uint32_t half, uint32_t i)
+// One warp: a head with its bias and its norm, if any.
+__device__ inline void finish_head(const float *x, const float *bias, const float *norm, float eps, uint32_t dim, float *to)
 {
-    const float a = head[i], b = head[half + i];
+    const uint32_t lane = threadIdx.x % WARP;
+    for (uint32_t i = lane; i < dim; i += WARP) {
+        to[i] = bias != nullptr ? x[i] + bias[i] : x[i];
+    }
+    if (norm == nullptr) {
+        return;
+    }
+    __syncwarp();
+    float sum = 0.0f;
+    for (uint32_t i = lane; lane < LANES && i < dim; i += LANES) {
+        sum = fmaf(to[i], to[i], sum);
+    }
+    const float total = __shfl_sync(ALL_LANES, fold_lanes(sum), 0), factor = 1.0f / sqrtf(total / static_cast<float>(dim) + eps);
+    for (uint32_t i = lane; i < dim; i += WARP) {
+        to[i] = to[i] * factor * norm[i];
+    }
+}
+
+// Elements i and pairs + i of a head, rotated.
+__device__ inline float2 rotated(const float *head, const float *cosine, const float *sine, uint32_t pairs, uint32_t i)
+{
+    const float a = head[i], b = head[pairs + i];
     return make_float2(fmaf(a, cosine[i], -(b * sine[i])), fmaf(b, cosine[i], a * sine[i]));
 }
 
-// The key and value of one kv head at one position, from one token's k (before rotation) and v, to the cache if `cached`; with
-// `column_too`, there too.
+// Calls put(i, element i) for every element of a rotated head, `step` threads beside one another, of which this is `thread`.
+template <typename Put>
+__device__ inline void turn_head(const attention_job &job, const float *head, size_t position, uint32_t thread, uint32_t step, const Put &put)
+{
+    const float *cosine = job.cosine + position * job.pairs, *sine = job.sine + position * job.pairs;
+    for (uint32_t i = thread; i < job.pairs; i += step) {
+        const float2 pair = rotated(head, cosine, sine, job.pairs, i);
+        put(i, pair.x);
+        put(job.pairs + i, pair.y);
+    }
+    for (uint32_t i = 2 * job.pairs + thread; i < job.dim; i += step) {
+        put(i, head[i]);
+    }
+}
+
+// The key and value of one kv head at one position, from one token's finished key (before rotation) and v, to the cache if `cached`;
+// with `column_too`, there too.
 __device__ inline void store_position(const attention_job &job, uint32_t head, size_t position, const float *k, const float *v,
                                       bool cached, uint16_t *column_too, uint16_t *row_too)
 {
-    const uint32_t half = job.dim / 2, padded = padded_dim(job.dim);
-    const float *cosine = job.cosine + position * half, *sine = job.sine + position * half;
+    const uint32_t padded = padded_dim(job.dim);
     uint16_t *column = job.keys + (head * job.positions + position / KEY_POSITIONS * KEY_POSITIONS) * job.dim
                        + position % KEY_POSITIONS;
     uint16_t *row = job.values + (head * job.positions + position) * padded;
-    for (uint32_t i = threadIdx.x; i < half; i += blockDim.x) {
-        const float2 pair = rotated(k, cosine, sine, half, i);
-        const uint16_t first = f32_to_f16(pair.x), second = f32_to_f16(pair.y);
+    turn_head(job, k, position, threadIdx.x, blockDim.x, [&](uint32_t i, float element) {
+        const uint16_t number = f32_to_f16(element);
         if (cached) {
-            column[i * KEY_POSITIONS] = first;
-            column[(half + i) * KEY_POSITIONS] = second;
+            column[i * KEY_POSITIONS] = number;
         }
         if (column_too != nullptr) {
-            column_too[i * KEY_POSITIONS] = first;
-            column_too[(half + i) * KEY_POSITIONS] = second;
+            column_too[i * KEY_POSITIONS] = number;
         }
-    }
+    });
+    const float *bias = job.bias[2] == nullptr ? nullptr : job.bias[2] + head * job.dim;
     for (uint32_t i = threadIdx.x; i < padded; i += blockDim.x) {
-        const uint16_t number = i < job.dim ? f32_to_f16(v[i]) : 0;
+        const uint16_t number = i >= job.dim ? 0 : f32_to_f16(bias != nullptr ? v[i] + bias[i] : v[i]);
         if (cached) {
             row[i] = number;
         }
@@ -86,32 +123,44 @@ enum { STORE_TOKENS = KEY_POSITIONS, MOST_DIM = 256 };
 static __global__ void __launch_bounds__(STORE_THREADS) rotate_and_store(const __grid_constant__ attention_job job, uint32_t n)
 {
     __shared__ uint16_t key[STORE_TOKENS][MOST_DIM + 2];
+    __shared__ float finished[STORE_TOKENS][MOST_DIM];
     const uint32_t first = blockIdx.y * STORE_TOKENS, tokens = n - first < STORE_TOKENS ? n - first : STORE_TOKENS;
-    const uint32_t dim = job.dim, half = dim / 2, padded = padded_dim(dim), head = blockIdx.x - job.heads;
+    const bool query = blockIdx.x < job.heads;
+    const uint32_t dim = job.dim, padded = padded_dim(dim), head = query ? blockIdx.x : blockIdx.x - job.heads;
+    const uint32_t heads = query ? job.heads : job.heads_kv;
+    float *x = query ? job.q : job.k;
+    const float *bias = query ? job.bias[0] : job.bias[1], *norm = query ? job.norm[0] : job.norm[1];
+    const bool finish = bias != nullptr || norm != nullptr;
     pdl_launch();
     pdl_wait();
     const size_t position = job.state->position + first;
-    for (uint32_t i = threadIdx.x; i < tokens * half; i += STORE_THREADS) {
-        const uint32_t t = i / half, at = i % half;
-        const float *cosine = job.cosine + (position + t) * half, *sine = job.sine + (position + t) * half;
-        if (blockIdx.x < job.heads) {
-            float *q = job.q + (static_cast<size_t>(first + t) * job.heads + blockIdx.x) * dim;
-            const float2 pair = rotated(q, cosine, sine, half, at);
-            q[at] = pair.x;
-            q[half + at] = pair.y;
-        } else {
-            const float2 pair = rotated(job.k + (static_cast<size_t>(first + t) * job.heads_kv + head) * dim, cosine, sine, half, at);
-            key[t][at] = f32_to_f16(pair.x);
-            key[t][half + at] = f32_to_f16(pair.y);
+    const auto row = [&](uint32_t t) { return x + (static_cast<size_t>(first + t) * heads + head) * dim; };
+    if (finish) {
+        for (uint32_t t = threadIdx.x / WARP; t < tokens; t += STORE_THREADS / WARP) {
+            finish_head(row(t), bias == nullptr ? nullptr : bias + head * dim, norm, job.eps, dim, finished[t]);
         }
+        __syncthreads();
     }
-    if (blockIdx.x < job.heads) {
+    constexpr uint32_t EACH = STORE_THREADS / STORE_TOKENS; // threads of a token
+    const uint32_t token = threadIdx.x / EACH;
+    if (token < tokens) {
+        turn_head(job, finish ? finished[token] : row(token), position + token, threadIdx.x % EACH, EACH, [&](uint32_t i, float element) {
+            if (query) {
+                row(token)[i] = element;
+            } else {
+                key[token][i] = f32_to_f16(element);
+            }
+        });
+    }
+    if (query) {
         return;
     }
     for (uint32_t i = threadIdx.x; i < tokens * padded; i += STORE_THREADS) {
         const uint32_t t = i / padded, at = i % padded;
         const float *v = job.v + (static_cast<size_t>(first + t) * job.heads_kv + head) * dim;
-        job.values[(head * job.positions + position + t) * padded + at] = at < dim ? f32_to_f16(v[at]) : 0;
+        const float bias_at = job.bias[2] != nullptr && at < dim ? job.bias[2][head * dim + at] : 0.0f;
+        const float number = at >= dim ? 0.0f : job.bias[2] != nullptr ? v[at] + bias_at : v[at];
+        job.values[(head * job.positions + position + t) * padded + at] = f32_to_f16(number);
     }
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < STORE_TOKENS * dim; i += STORE_THREADS) {
@@ -320,7 +369,7 @@ __device__ inline float joined(const float *parts, uint32_t chunks, uint32_t dim
 template <bool STAGED, uint32_t HEADS>
 static __global__ void __launch_bounds__(ATTEND_THREADS) attend_one(const __grid_constant__ attention_job job)
 {
-    const uint32_t dim = job.dim, half = dim / 2, padded = padded_dim(dim), floats = part_floats(dim);
+    const uint32_t dim = job.dim, padded = padded_dim(dim), floats = part_floats(dim);
     const uint32_t shared_by = job.heads / job.heads_kv, kv = blockIdx.y, chunk = blockIdx.x;
     const uint32_t first = kv * shared_by + blockIdx.z * HEADS, left = shared_by - blockIdx.z * HEADS;
     const uint32_t heads = left < HEADS ? left : HEADS;
@@ -346,19 +395,33 @@ static __global__ void __launch_bounds__(ATTEND_THREADS) attend_one(const __grid
         copy_wait<0>();
         __syncthreads();
     }
+    // Heads with their biases and norms lie where the parts and the weights will be.
+    const bool finish_q = job.bias[0] != nullptr || job.norm[0] != nullptr, finish_k = job.bias[1] != nullptr || job.norm[1] != nullptr;
+    if (finish_q || finish_k) {
+        const uint32_t warp = threadIdx.x / WARP;
+        if (warp < heads) {
+            const size_t at = static_cast<size_t>(first + warp) * dim;
+            finish_head(job.q + at, job.bias[0] == nullptr ? nullptr : job.bias[0] + at, job.norm[0], job.eps, dim, s.part + warp * dim);
+        } else if (warp == MOST_HEADS) {
+            const float *bias = job.bias[1] == nullptr ? nullptr : job.bias[1] + kv * dim;
+            finish_head(job.k + kv * dim, bias, job.norm[1], job.eps, dim, s.weight);
+        }
+        __syncthreads();
+    }
     if (last) {
         uint16_t *column = s.keys + before / KEY_POSITIONS * key_stride(dim, true) + before % KEY_POSITIONS;
-        store_position(job, kv, position, job.k + kv * dim, job.v + kv * dim, blockIdx.z == 0 || !STAGED, STAGED ? column : nullptr,
-                       STAGED ? s.values + before * padded : nullptr);
+        store_position(job, kv, position, finish_k ? s.weight : job.k + kv * dim, job.v + kv * dim, blockIdx.z == 0 || !STAGED,
+                       STAGED ? column : nullptr, STAGED ? s.values + before * padded : nullptr);
     }
-    for (uint32_t i = threadIdx.x; i < HEADS * half; i += ATTEND_THREADS) {
-        const uint32_t h = i / half, at = i % half;
-        float2 pair = make_float2(0.0f, 0.0f);
-        if (h < heads) {
-            pair = rotated(job.q + static_cast<size_t>(first + h) * dim, job.cosine + position * half, job.sine + position * half, half, at);
+    constexpr uint32_t EACH = ATTEND_THREADS / HEADS; // threads of a query
+    const uint32_t mine = threadIdx.x / EACH;
+    if (mine < heads) {
+        const float *head = finish_q ? s.part + mine * dim : job.q + static_cast<size_t>(first + mine) * dim;
+        turn_head(job, head, position, threadIdx.x % EACH, EACH, [&](uint32_t i, float element) { s.query[i * HEADS + mine] = element; });
+    } else {
+        for (uint32_t i = threadIdx.x % EACH; i < dim; i += EACH) {
+            s.query[i * HEADS + mine] = 0.0f;
         }
-        s.query[at * HEADS + h] = pair.x;
-        s.query[(half + at) * HEADS + h] = pair.y;
     }
     __syncthreads();
     weigh_positions<HEADS>(job, s, seen, STAGED ? s.keys : key, key_stride(dim, STAGED));

@@ -16,6 +16,7 @@ struct mq_cuda_job {
     float *y; // [n][y_stride]
     size_t y_stride;
     bool add; // y += product
+    const float *bias; // [rows] joins the product, NULL: none
 };
 
 

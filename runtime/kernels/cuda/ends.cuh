@@ -10,7 +10,8 @@
 enum { END_THREADS = 256, BEST_BLOCKS = 64 };
 
 // One block of threads per token: x [n][columns].
-static __global__ void __launch_bounds__(END_THREADS) embed(const __grid_constant__ mq_matrix w, uint32_t depth, float *x, const control *state)
+static __global__ void __launch_bounds__(END_THREADS) embed(const __grid_constant__ mq_matrix w, uint32_t depth, float scale, float *x,
+                                                              const control *state)
 {
     enum { STEP = 4 };
     pdl_launch();
@@ -27,8 +28,8 @@ static __global__ void __launch_bounds__(END_THREADS) embed(const __grid_constan
         }
         const uint16_t *pair = w.scale_offset + at * 2 * MQ_TILE_ROWS;
         const float step = f16_to_f32(pair[r]) * depth_factor(depth);
-        x[static_cast<size_t>(blockIdx.x) * w.columns + c] = fmaf(step, static_cast<float>(code) + 0.5f,
-                                                                  -f16_to_f32(pair[MQ_TILE_ROWS + r]));
+        const float number = fmaf(step, static_cast<float>(code) + 0.5f, -f16_to_f32(pair[MQ_TILE_ROWS + r]));
+        x[static_cast<size_t>(blockIdx.x) * w.columns + c] = number * scale;
     }
 }
 

@@ -33,7 +33,7 @@ static void start(pass *p, dim3 grid, uint32_t threads, size_t shared, void (*ke
 static const uint32_t FIRST_LINEAR[MQ_ROUTERS] = {0, 3, 4, 6};
 enum { GATED_POINT = 3 }; // the point whose input is gate and up
 
-// Norm or SwiGLU, quantisation and routing of `n` rows at x. point: MQ_ROUTERS for the output head, which is not routed.
+// Norm or gate, quantisation and routing of `n` rows at x. point: MQ_ROUTERS for the output head, which is not routed.
 static void start_prepare(pass *p, uint32_t block, uint32_t point, const float *x, const float *up, uint32_t columns,
                           const float *norm, float *normed, uint32_t n)
 {
@@ -44,6 +44,7 @@ static void start_prepare(pass *p, uint32_t block, uint32_t point, const float *
     job.up = up;
     job.columns = columns;
     job.groups = groups_of(columns);
+    job.gelu = host->hparams.activation == MQ_ACTIVATION_GELU_TANH;
     job.norm = norm;
     job.eps = host->hparams.rms_epsilon;
     job.normed = normed;
@@ -109,7 +110,7 @@ static void start_many(pass *p, const matvec_job &job)
     mq_cuda_job many[MATVEC_JOBS];
     for (uint32_t i = 0; i < job.count; i++) {
         const uint8_t *depths = job.depths + static_cast<size_t>(p->position) * job.depth_stride + i;
-        many[i] = {job.matrix[i], depths, job.depth_stride, job.y[i], job.matrix[i].rows, job.add};
+        many[i] = {job.matrix[i], depths, job.depth_stride, job.y[i], job.matrix[i].rows, job.add, job.bias};
     }
     const mq_activations x = {s->on.activations, s->on.scale, s->on.sum, job.matrix[0].groups};
     if (p->error == cudaSuccess) {
@@ -210,12 +211,13 @@ static gated_job gated_of(const mq_cuda_session *s, uint32_t block)
 {
     const mq_router &router = s->model->blocks[block].router[GATED_POINT];
     return {s->on.gated, s->on.gated_scale, s->on.gated_sum, s->on.arrived_groups, s->routed ? router.hidden : nullptr,
-            s->model->host->hparams.router_hidden, router.groups, s->on.sums};
+            s->model->host->hparams.router_hidden, router.groups, s->on.sums,
+            s->model->host->hparams.activation == MQ_ACTIVATION_GELU_TANH};
 }
 
 // What the linears of one point read and write; with `add`, which takes one linear, x += y.
 struct point_io {
-    const float *x, *up, *norm; // up: of SwiGLU, whose gate is x, else NULL; norm: NULL where there is none
+    const float *x, *up, *norm; // up: whose gate is x, NULL: none; norm: NULL where there is none
     bool add;
     float *y[MATVEC_JOBS];
 };
@@ -236,6 +238,7 @@ static void start_point(pass *p, uint32_t block, uint32_t point, const point_io 
     job.depth_stride = s->model->host->hparams.block_count * MQ_LINEARS;
     job.depths = s->on.depths + linear;
     job.add = io.add;
+    job.bias = point == 1 ? weights->bias[3] : nullptr;
     if (alone) {
         job.input = input_of(s, block, point);
         job.input.x = point == GATED_POINT ? nullptr : io.x;
@@ -276,6 +279,7 @@ static void start_attention(pass *p, uint32_t block)
 {
     mq_cuda_session *s = p->s;
     const mq_hparams &hp = s->model->host->hparams;
+    const mq_block *weights = &s->model->blocks[block];
     const size_t rows = static_cast<size_t>(block) * hp.head_count_kv * s->positions;
     attention_job job = {};
     job.q = s->on.q;
@@ -286,6 +290,13 @@ static void start_attention(pass *p, uint32_t block)
     job.positions = s->positions;
     job.cosine = s->on.cosine;
     job.sine = s->on.sine;
+    job.pairs = weights->rope == MQ_ROPE_NONE ? 0 : hp.rope_dim / 2;
+    for (uint32_t i = 0; i < 3; i++) {
+        job.bias[i] = weights->bias[i];
+    }
+    job.norm[0] = weights->q_norm;
+    job.norm[1] = weights->k_norm;
+    job.eps = hp.rms_epsilon;
     job.heads = hp.head_count;
     job.heads_kv = hp.head_count_kv;
     job.dim = hp.head_dim;
@@ -324,7 +335,7 @@ static void start_blocks(pass *p)
     mq_cuda_session *s = p->s;
     const mq_hparams &hp = s->model->host->hparams;
     const session_buffers &on = s->on;
-    start(p, dim3(p->n), END_THREADS, 0, embed, s->model->embedding, hp.embedding_depth, on.x,
+    start(p, dim3(p->n), END_THREADS, 0, embed, s->model->embedding, hp.embedding_depth, hp.embedding_scale, on.x,
           static_cast<const control *>(on.state));
     for (uint32_t i = 0; i < hp.block_count; i++) {
         const mq_block *block = &s->model->blocks[i];

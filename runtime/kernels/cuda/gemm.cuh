@@ -164,6 +164,12 @@ __device__ inline void add_group(warp_output &y, const stage<ROWS, TOKENS> &s, u
     }
 }
 
+__device__ inline void put_product(const mq_cuda_job &job, uint32_t row, float sum, float *out)
+{
+    const float product = job.bias != nullptr ? sum + job.bias[row] : sum;
+    out[row] = job.add ? out[row] + product : product;
+}
+
 // grid: token blocks (fastest, so that a block of codes is read once from memory) x row blocks of all jobs
 template <uint32_t WARPS_M, uint32_t WARPS_N, uint32_t STAGES, uint32_t BLOCKS_PER_SM>
 static __global__ void __launch_bounds__(WARPS_M *WARPS_N * 32, BLOCKS_PER_SM) gemm(const __grid_constant__ batch b, uint32_t token_blocks)
@@ -221,10 +227,10 @@ static __global__ void __launch_bounds__(WARPS_M *WARPS_N * 32, BLOCKS_PER_SM) g
                     const uint32_t tile = rows.tile + warp_row / 16 + m;
                     const uint32_t row = (b.tile_begin[rows.job] + tile) * MQ_TILE_ROWS + lane / 4;
                     if (tile < b.tiles[rows.job] && row < job.matrix.rows) {
-                        out[row] = job.add ? out[row] + y[m][n][k] : y[m][n][k];
+                        put_product(job, row, y[m][n][k], out);
                     }
                     if (tile < b.tiles[rows.job] && row + 8 < job.matrix.rows) {
-                        out[row + 8] = job.add ? out[row + 8] + y[m][n][k + 2] : y[m][n][k + 2];
+                        put_product(job, row + 8, y[m][n][k + 2], out);
                     }
                 }
             }

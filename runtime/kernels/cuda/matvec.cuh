@@ -35,6 +35,7 @@ struct gated_job {
     const int8_t *hidden; // of that linear's router, NULL: not routed
     uint32_t n_hidden, groups;
     int *sums;            // [groups][n_hidden + 1]
+    bool gelu;            // the gate's activation, else SiLU
 };
 
 // Up to three linears that read the same activations.
@@ -47,6 +48,7 @@ struct matvec_job {
     const uint8_t *table;                // depths of an unrouted budget, of the first linear; NULL:
     const uint8_t *depths;               // [positions][depth_stride], of the first linear; NULL: fixed_depth
     uint32_t depth_stride, fixed_depth;
+    const float *bias;                   // [rows] joins the product, NULL: none
     bool add;                            // y += product
     coming_linears coming;
     gated_job gated;
@@ -169,6 +171,7 @@ __device__ inline void write_row(const matvec_job &job, uint32_t linear, uint32_
     const uint32_t rows = job.matrix[linear].rows;
     if (row < rows) {
         float *y = job.y[linear] + static_cast<size_t>(token) * rows + row;
+        value = job.bias != nullptr ? value + job.bias[row] : value;
         *y = job.add ? *y + value : value;
     }
 }

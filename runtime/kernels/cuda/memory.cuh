@@ -43,7 +43,7 @@ struct session_buffers {
     int8_t *gated;                // [groups·128] of F, one token's
     float *gated_scale, *gated_sum; // [groups] of F
     uint32_t *arrived_tokens, *arrived_heads, *arrived_groups; // [B], [heads], [groups] of F
-    float *cosine, *sine;         // [n_ctx][head_dim / 2]
+    float *cosine, *sine;         // [n_ctx][rope_dim / 2]
     uint8_t *depths;              // [n_ctx][block][7]
     float *thresholds;            // [block][7][3]
     uint8_t *table;               // [block][7]
@@ -150,8 +150,8 @@ static void plan_session(const mq_cuda_session *s, arena *memory, session_buffer
     memory->take(on->arrived_tokens, n);
     memory->take(on->arrived_heads, hp.head_count);
     memory->take(on->parts, hp.head_count, s->chunks, part_floats(hp.head_dim));
-    memory->take(on->cosine, s->n_ctx, hp.head_dim / 2);
-    memory->take(on->sine, s->n_ctx, hp.head_dim / 2);
+    memory->take(on->cosine, s->n_ctx, hp.rope_dim / 2);
+    memory->take(on->sine, s->n_ctx, hp.rope_dim / 2);
     memory->take(on->depths, s->n_ctx, hp.block_count, MQ_LINEARS);
     memory->take(on->thresholds, hp.block_count, MQ_LINEARS, MQ_SLICE_COUNT - 1);
     memory->take(on->table, hp.block_count, MQ_LINEARS);
@@ -180,6 +180,11 @@ static void move_block(mq_block *block, const mq_cuda_model *model, const uint8_
 {
     moved(block->attn_norm, model, first);
     moved(block->ffn_norm, model, first);
+    moved(block->q_norm, model, first);
+    moved(block->k_norm, model, first);
+    for (size_t i = 0; i < MQ_BIASES; i++) {
+        moved(block->bias[i], model, first);
+    }
     for (size_t i = 0; i < MQ_LINEARS; i++) {
         move_matrix(&block->linear[i], model, first);
     }
@@ -344,7 +349,7 @@ static int32_t open_session(mq_cuda_model *model, const mq_cuda_session_options 
     }
     arena memory = {s->memory, 0};
     plan_session(s, &memory, &s->on, &s->cache_bytes);
-    const size_t angles = static_cast<size_t>(s->n_ctx) * (hp.head_dim / 2) * sizeof(float);
+    const size_t angles = options->cosine == nullptr ? 0 : static_cast<size_t>(s->n_ctx) * (hp.rope_dim / 2) * sizeof(float);
     const size_t logits = LOGIT_ROWS * static_cast<size_t>(hp.vocab_size) * sizeof(float);
     error = cudaMallocHost(&s->pinned, s->pinned_control + logits);
     error = error == cudaSuccess ? cudaMemset(s->memory, 0, counted.used) : error;

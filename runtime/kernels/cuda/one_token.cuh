@@ -147,7 +147,7 @@ __device__ inline void end_gated(const matvec_job &job, uint32_t block)
     }
 #pragma unroll
     for (uint32_t i = 0; i < 4; i++) {
-        v[i] = first + i < columns ? swiglu(gate[i], up[i]) : 0.0f;
+        v[i] = first + i < columns ? activated(to.gelu, gate[i], up[i]) : 0.0f;
     }
     const uint32_t packed = quantize_warp(v, scale, total, squares);
     reinterpret_cast<uint32_t *>(to.q)[group * (MQ_GROUP_SIZE / 4) + lane] = packed;

@@ -1,4 +1,4 @@
-// prepare.cuh: what the input of a group of linears goes through: norm or SwiGLU, quantisation to int8, and the depth of each linear,
+// prepare.cuh: what the input of a group of linears goes through: norm or gate, quantisation to int8, and the depth of each linear,
 // from its router or from the table of an unrouted budget. No depth leaves the device.
 //
 // A block of threads has 32 groups of 128 columns, a warp one of them, or four where many tokens wait: then the sums of one token's norm,
@@ -15,7 +15,8 @@
 enum { PREPARE_GROUPS = 32, ALONE_WARPS = 32, TOGETHER_WARPS = 8 };
 
 struct prepare_job {
-    const float *x, *up; // [n][columns]; up: of SwiGLU, whose gate is x, else NULL
+    const float *x, *up; // [n][columns]; up: x is its gate; NULL: x is the input itself
+    bool gelu;           // the gate's activation, else SiLU
     uint32_t columns, groups;
     const float *norm;   // [columns]; NULL: none
     float eps;
@@ -54,7 +55,7 @@ __device__ inline uint32_t quantize_group(const prepare_job &job, uint32_t token
 #pragma unroll
     for (uint32_t i = 0; i < 4; i++) {
         const bool inside = first + i < job.columns;
-        v[i] = !inside ? 0.0f : job.norm != nullptr ? x[i] * factor * other[i] : job.up != nullptr ? swiglu(x[i], other[i]) : x[i];
+        v[i] = !inside ? 0.0f : job.norm != nullptr ? x[i] * factor * other[i] : job.up != nullptr ? activated(job.gelu, x[i], other[i]) : x[i];
         if (inside && job.normed != nullptr) {
             job.normed[row + first + i] = v[i];
         }

@@ -203,7 +203,8 @@ static __global__ void __launch_bounds__(S::THREADS, 1) wide_gemm(const __grid_c
 #pragma unroll
                 for (uint32_t half = 0; half < 2; half++) {
                     if (out[i] != nullptr && row + half * 8 < job.matrix.rows) {
-                        const float product = y[piece][4 * n + k + 2 * half];
+                        const float sum = y[piece][4 * n + k + 2 * half];
+                        const float product = job.bias != nullptr ? sum + job.bias[row + half * 8] : sum;
                         out[i][half * 8] = job.add ? before[i][half] + product : product;
                     }
                 }
