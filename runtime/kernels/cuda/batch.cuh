@@ -43,6 +43,7 @@ struct batch {
     mq_cuda_job job[MAX_JOBS];
     sorted tokens[MAX_JOBS];
     uint8_t *codes[MAX_JOBS]; // [tiles][groups][CODE_BYTES]
+    float2 *factors[MAX_JOBS]; // [groups][factor_places(n)]: scale and sum of the sorted tokens, see gather
     uint32_t tile_begin[MAX_JOBS], tiles[MAX_JOBS];
     uint32_t count, n, groups;
     mq_activations x;
@@ -161,10 +162,49 @@ inline uint32_t count_row_blocks(const batch &b, uint32_t rows)
     return blocks;
 }
 
+// --- gather: scales and sums in the order of the sorted tokens -------------------------------------------------------------
+
+constexpr uint32_t GATHER_THREADS = 256, MOST_TOGETHER = 256; // MOST_TOGETHER: tokens of a block of gemms
+
+// The tokens of a depth begin at an even place, so that they can be copied 16 bytes at a time: how far they are moved for that.
+__device__ inline uint32_t factor_shift(const uint32_t *first, uint32_t depth)
+{
+    uint32_t shift = 0;
+    for (uint32_t d = 1; d <= depth; d++) {
+        shift += (first[d] + shift) % 2;
+    }
+    return shift;
+}
+
+// Of n tokens, with room for whole blocks of them.
+__host__ __device__ inline uint32_t factor_places(uint32_t n)
+{
+    return (n + MQ_SLICE_COUNT + MOST_TOGETHER + 1) / 2 * 2;
+}
+
+// grid: (groups, jobs)
+static __global__ void __launch_bounds__(GATHER_THREADS) gather(const __grid_constant__ batch b)
+{
+    const sorted &tokens = b.tokens[blockIdx.y];
+    float2 *to = b.factors[blockIdx.y] + (size_t)blockIdx.x * factor_places(b.n);
+    for (uint32_t depth = 1; depth <= MQ_SLICE_COUNT; depth++) {
+        const uint32_t shift = factor_shift(tokens.first, depth);
+        for (uint32_t i = tokens.first[depth] + threadIdx.x; i < tokens.first[depth + 1]; i += GATHER_THREADS) {
+            const size_t from = (size_t)tokens.order[i] * b.groups + blockIdx.x;
+            to[i + shift] = {b.x.scale[from], b.x.sum[from]};
+        }
+    }
+}
+
 // Bytes of one job's sorted tokens, rounded up so that what follows stays aligned.
 inline size_t sorted_bytes(uint32_t n)
 {
     return ((size_t)n + 8 + 63) / 64 * 64 * sizeof(uint32_t);
+}
+
+inline size_t factor_bytes(uint32_t n, size_t groups)
+{
+    return (groups * factor_places(n) * sizeof(float2) + 255) / 256 * 256;
 }
 
 } // namespace mq

@@ -25,7 +25,7 @@ inline cudaError_t matmat(const mq_cuda_job *jobs, uint32_t count, const mq_acti
         b.job[i] = jobs[i];
         b.tiles[i] = jobs[i].matrix.tiles;
     }
-    const size_t tile_bytes = (size_t)x.groups * CODE_BYTES, lists = count * sorted_bytes(n);
+    const size_t tile_bytes = (size_t)x.groups * CODE_BYTES, lists = count * (sorted_bytes(n) + factor_bytes(n, x.groups));
     if (workspace_bytes < lists + LEAST_TILES * tile_bytes) {
         return cudaErrorInvalidValue;
     }
@@ -34,7 +34,11 @@ inline cudaError_t matmat(const mq_cuda_job *jobs, uint32_t count, const mq_acti
         b.tokens[i].first = reinterpret_cast<uint32_t *>(at);
         b.tokens[i].order = b.tokens[i].first + 8;
     }
+    for (uint32_t i = 0; i < count; i++, at += factor_bytes(n, x.groups)) {
+        b.factors[i] = reinterpret_cast<float2 *>(at);
+    }
     cudaError_t status = launch({count, SORT_THREADS, 0, stream, false}, sort, b);
+    status = status == cudaSuccess ? launch({dim3(b.groups, count), GATHER_THREADS, 0, stream, false}, gather, b) : status;
     // Tiles in the order of the jobs, as many at once as there is room for.
     const size_t room = (workspace_bytes - lists) / tile_bytes;
     uint32_t job = 0, tile = 0;
@@ -47,7 +51,7 @@ inline cudaError_t matmat(const mq_cuda_job *jobs, uint32_t count, const mq_acti
                 break;
             }
             const uint32_t to = piece.count++;
-            piece.job[to] = jobs[job], piece.tokens[to] = b.tokens[job];
+            piece.job[to] = jobs[job], piece.tokens[to] = b.tokens[job], piece.factors[to] = b.factors[job];
             piece.codes[to] = at + (room - left) * tile_bytes;
             piece.tile_begin[to] = tile, piece.tiles[to] = tiles;
             left -= tiles;
@@ -72,7 +76,7 @@ inline gemm_launch choose_gemm(uint32_t n, bool mixed)
     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (major == 9 && minor == 0) {
         const uint32_t together = mixed ? n / 2 : n; // of the depth that most have, say
-        return together <= 64 ? launch_wide<2, 1, 64, 7> : together <= 128 ? launch_wide<2, 1, 128, 6> : launch_wide<2, 2, 128, 4>;
+        return together <= 64 ? launch_wide<2, 2, 32, 7> : together <= 128 ? launch_wide<2, 2, 64, 6> : launch_wide<2, 4, 64, 4>;
     }
     return (size_t)shared >= gemm_shape<4, 2, 4>::SHARED ? launch_gemm<4, 2, 4, 1> : launch_gemm<4, 2, 2, 1>;
 }
@@ -82,7 +86,7 @@ inline gemm_launch choose_gemm(uint32_t n, bool mixed)
 // Bytes with which linears of `rows` rows together and `groups` groups run as one launch, at most n tokens at once.
 inline size_t mq_cuda_matmat_workspace(uint32_t n, size_t rows, size_t groups)
 {
-    return mq::MAX_JOBS * mq::sorted_bytes(n) + (rows / MQ_TILE_ROWS + mq::LEAST_TILES) * groups * mq::CODE_BYTES;
+    return mq::MAX_JOBS * (mq::sorted_bytes(n) + mq::factor_bytes(n, groups)) + (rows / MQ_TILE_ROWS + mq::LEAST_TILES) * groups * mq::CODE_BYTES;
 }
 
 // mixed: tokens may differ in depth.

@@ -1,6 +1,6 @@
 // one_token.cuh: slice linears of one token, bound by memory. A block of threads computes rows 32 at a time. Every warp has groups of
 // its own: copies of the next ones to shared memory are always on their way, also over the end of the rows and while the kernels
-// before still run, and each lane copies what it will multiply itself. A group's exact sums and its scales become terms, and one
+// before still run. A group's exact sums and its scales become terms, and one
 // warp, a row a lane, adds them up in ascending order while the others go on.
 #ifndef MQ_CUDA_ONE_TOKEN_H
 #define MQ_CUDA_ONE_TOKEN_H
@@ -14,7 +14,7 @@ enum { WIDE_WARPS = 16, NARROW_WARPS = 8, SLOTS = 4, SLOT_BYTES = 2 * MQ_TILE_BY
 
 template <uint32_t WARPS>
 struct one_shared {
-    uint8_t slot[WARPS][SLOTS][SLOT_BYTES];                 // slices of the groups that come: [half][lane][16]
+    uint8_t slot[WARPS][SLOTS][SLOT_BYTES];                 // slices of the groups that come: of two tiles
     uint32_t pair[WARPS][SLOTS][WARP];                      // their scales and offsets, as in the file
     float2 term[2][TURN_GROUPS * WARPS][BLOCK_ROWS];        // of a row and group: product; scale and offset as they are
     float y[BLOCK_ROWS];
@@ -36,43 +36,52 @@ __host__ __device__ constexpr uint32_t items_of(int depth)
     return SLOTS / depth;
 }
 
-// A warp's groups: warp, warp + WARPS, ... of row blocks begin, begin + stride, ...
+// A warp's groups: warp, warp + WARPS, ... of row blocks begin, begin + stride, ...; where they lie in a plane, and how much further the
+// second tile of the block does.
 template <uint32_t WARPS>
 struct group_walk {
-    uint32_t block, group;
+    uint32_t block, group, at, second;
 
-    __device__ void advance(uint32_t groups, uint32_t stride)
+    __device__ void move_to(const mq_matrix &w, uint32_t to)
+    {
+        block = to;
+        group = threadIdx.x / WARP;
+        at = (to * 2 * w.groups + group) * MQ_TILE_BYTES;
+        second = to * 2 + 1 < w.tiles ? w.groups * MQ_TILE_BYTES : 0; // an odd last tile is read twice
+    }
+
+    __device__ void advance(const mq_matrix &w, uint32_t stride)
     {
         group += WARPS;
-        if (group >= groups) {
-            group = threadIdx.x / WARP;
-            block += stride;
+        at += WARPS * MQ_TILE_BYTES;
+        if (group >= w.groups) {
+            move_to(w, block + stride);
         }
     }
 };
 
-// Slices begin .. end − 1 of one group on their way, from slot `slot` on.
-__device__ inline void copy_slices(const mq_matrix &w, uint32_t block, uint32_t group, uint8_t (*slot)[SLOT_BYTES], int begin, int end)
+// Slices begin .. end − 1 of one group on their way, from slot `slot` on. Neighbouring lanes copy neighbouring pieces: copies that do not
+// are many times slower.
+template <uint32_t WARPS>
+__device__ inline void copy_slices(const mq_matrix &w, const group_walk<WARPS> &from, uint8_t (*slot)[SLOT_BYTES], int begin, int end)
 {
-    const size_t from = lane_offset(w, block) + static_cast<size_t>(group) * MQ_TILE_BYTES;
-    const uint32_t to = threadIdx.x % WARP * 16;
+    const uint32_t piece = threadIdx.x % WARP * 16;
 #pragma unroll
     for (int e = 0; e < MQ_SLICE_COUNT; e++) {
         if (e >= begin && e < end) {
-            copy_async<16>(slot[e] + to, w.plane[e] + from, true);
-            copy_async<16>(slot[e] + MQ_TILE_BYTES + to, w.plane[e] + from + MQ_TILE_BYTES / 2, true);
+            const uint8_t *plane = w.plane[e] + from.at + piece;
+            copy_async<16>(slot[e] + piece, plane, true);
+            copy_async<16>(slot[e] + MQ_TILE_BYTES + piece, plane + from.second, true);
         }
     }
 }
 
-// Its scales and offsets: 16 words of each of the two tiles.
-__device__ inline void copy_pairs(const mq_matrix &w, uint32_t block, uint32_t group, uint32_t *pair)
+// Its scales and offsets: 16 words of each of the two tiles, an eighth of the bytes of a slice.
+template <uint32_t WARPS>
+__device__ inline void copy_pairs(const mq_matrix &w, const group_walk<WARPS> &from, uint32_t *pair)
 {
-    const uint32_t lane = threadIdx.x % WARP;
-    uint32_t tile = block * 2 + lane / MQ_TILE_ROWS;
-    tile = tile < w.tiles ? tile : w.tiles - 1;
-    const uint32_t *from = reinterpret_cast<const uint32_t *>(w.scale_offset) + (static_cast<size_t>(tile) * w.groups + group) * MQ_TILE_ROWS;
-    copy_async<4>(pair + lane, from + lane % MQ_TILE_ROWS, true);
+    const uint32_t lane = threadIdx.x % WARP, bytes = (from.at + lane / MQ_TILE_ROWS * from.second) / 8;
+    copy_async<4>(pair + lane, reinterpret_cast<const uint32_t *>(w.scale_offset) + bytes / 4 + lane % MQ_TILE_ROWS, true);
 }
 
 // The first groups. started: slice 0 of the very first is on its way.
@@ -80,15 +89,16 @@ template <int D, uint32_t WARPS>
 __device__ inline void fill_slots(const mq_matrix &w, uint32_t begin, uint32_t stride, bool started, one_shared<WARPS> &s)
 {
     const uint32_t warp = threadIdx.x / WARP, blocks = matvec_blocks(w);
-    group_walk<WARPS> next = {begin, warp};
+    group_walk<WARPS> next;
+    next.move_to(w, begin);
 #pragma unroll
     for (uint32_t i = 0; i < items_of(D); i++) {
         if (warp < w.groups && next.block < blocks) {
-            copy_slices(w, next.block, next.group, s.slot[warp] + i * D, i == 0 && started, D);
-            copy_pairs(w, next.block, next.group, s.pair[warp][i]);
+            copy_slices(w, next, s.slot[warp] + i * D, i == 0 && started, D);
+            copy_pairs(w, next, s.pair[warp][i]);
         }
         copy_commit();
-        next.advance(w.groups, stride);
+        next.advance(w, stride);
     }
 }
 
@@ -168,14 +178,15 @@ __device__ inline void end_gated(const matvec_job &job, uint32_t block)
 template <int D>
 __device__ inline int slot_product(const uint8_t (*slot)[SLOT_BYTES], const int8_t *q)
 {
-    const uint32_t lane = threadIdx.x % WARP;
+    // Four rows of a tile by sixteen columns, and as many in the other half of the group.
+    const uint32_t lane = threadIdx.x % WARP, quarter = lane / 4, from = quarter / 4 * MQ_TILE_BYTES + lane % 4 * 64 + quarter % 4 * 16;
     uint4 plane[D][2], x[2];
     int low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
     load_activations(q, 0, x);
 #pragma unroll
     for (int e = 0; e < D; e++) {
-        plane[e][0] = *reinterpret_cast<const uint4 *>(slot[e] + lane * 16);
-        plane[e][1] = *reinterpret_cast<const uint4 *>(slot[e] + MQ_TILE_BYTES + lane * 16);
+        plane[e][0] = *reinterpret_cast<const uint4 *>(slot[e] + from);
+        plane[e][1] = *reinterpret_cast<const uint4 *>(slot[e] + MQ_TILE_BYTES / 2 + from);
     }
     group_product<D>(plane, x, low, high);
     const uint32_t own = lane % 4; // all four lanes of a quarter have its rows: each keeps one
@@ -208,9 +219,10 @@ __device__ inline void one_product(const matvec_job &job, uint32_t linear, uint3
     const mq_matrix &w = job.matrix[linear];
     const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, groups = w.groups, blocks = matvec_blocks(w);
     const uint32_t row = lane / MQ_TILE_ROWS * 2 * MQ_TILE_ROWS + lane % MQ_TILE_ROWS; // of the lane, in a pair's halfwords
-    group_walk<WARPS> next = {begin, warp};
+    group_walk<WARPS> next;
+    next.move_to(w, begin);
     for (uint32_t i = 0; i < ITEMS; i++) {
-        next.advance(groups, stride);
+        next.advance(w, stride);
     }
     for (uint32_t block = begin, first = 0, turn = 0, item = 0; block < blocks; turn++) {
         if (warp == WARPS - 1 && first == 0 && block + stride >= blocks) {
@@ -228,11 +240,11 @@ __device__ inline void one_product(const matvec_job &job, uint32_t linear, uint3
                 s.term[turn % 2][g - first][lane] = make_float2(static_cast<float>(dot), __uint_as_float(both));
                 __syncwarp();
                 if (next.block < blocks) {
-                    copy_slices(w, next.block, next.group, s.slot[warp] + item * D, 0, D);
-                    copy_pairs(w, next.block, next.group, s.pair[warp][item]);
+                    copy_slices(w, next, s.slot[warp] + item * D, 0, D);
+                    copy_pairs(w, next, s.pair[warp][item]);
                 }
                 copy_commit();
-                next.advance(groups, stride);
+                next.advance(w, stride);
                 item = item + 1 == ITEMS ? 0 : item + 1;
             }
         }
@@ -270,7 +282,9 @@ static __global__ void __launch_bounds__(WARPS * WARP, 2) matvec_one(const __gri
     switch (depth) {
     case 0: // not known yet, but that slice 0 will be read
         if (warp < w.groups) {
-            copy_slices(w, begin, warp, s.slot[warp], 0, 1);
+            group_walk<WARPS> next;
+            next.move_to(w, begin);
+            copy_slices(w, next, s.slot[warp], 0, 1);
         }
         copy_commit();
         break;

@@ -1,6 +1,6 @@
 // wide_gemm.cuh: the product of gemm.cuh for compute capability 9.0a, whose tensor cores take 128 threads' operands at once. The same
 // sums and float steps; what differs is who does what: one warpgroup copies, the others multiply and add, each 64 rows of the
-// block, and while one adds its sums another's are multiplied.
+// block, some tokens at a time: while the tensor cores have these, the float steps of those before.
 #ifndef MQ_CUDA_WIDE_GEMM_H
 #define MQ_CUDA_WIDE_GEMM_H
 
@@ -18,7 +18,7 @@ struct alignas(1024) wide_stage {
     int8_t q[TOKENS][MQ_GROUP_SIZE]; // 16-byte pieces in the order piece ^ token % 8
     uint8_t codes[ROWS / MQ_TILE_ROWS][CODE_BYTES];
     uint16_t scale_offset[ROWS / MQ_TILE_ROWS][2][MQ_TILE_ROWS];
-    float factors[TOKENS / 2][4]; // of two tokens: scales, then sums
+    float4 factors[TOKENS / 2]; // of two tokens: scale and sum, scale and sum
 };
 
 // GROUPS warpgroups multiply blocks of GROUPS·64 rows and PIECES·PIECE tokens, PIECE at a time.
@@ -43,20 +43,17 @@ struct wide_barriers {
 template <typename S>
 __device__ inline void wide_copy(const batch &b, row_block rows, token_block tokens, typename S::stage *stages, wide_barriers *barriers)
 {
-    constexpr uint32_t TILES = S::ROWS / MQ_TILE_ROWS, AT_ONCE = GROUP_THREADS / 8, MINE = (S::TOKENS + GROUP_THREADS - 1) / GROUP_THREADS;
+    constexpr uint32_t TILES = S::ROWS / MQ_TILE_ROWS, AT_ONCE = GROUP_THREADS / 8;
     const uint32_t thread = threadIdx.x % GROUP_THREADS, piece = thread % 8, groups = b.groups;
     const uint32_t *order = b.tokens[rows.job].order + tokens.begin;
     const auto token = [&](uint32_t slot) { return order[slot < tokens.count ? slot : tokens.count - 1]; };
-    // In pieces of 16 bytes, of the activations that this thread copies; and whose scales and sums.
-    uint32_t from[S::TOKENS / AT_ONCE], factors[MINE];
+    uint32_t from[S::TOKENS / AT_ONCE]; // in pieces of 16 bytes, of the activations that this thread copies
 #pragma unroll
     for (uint32_t i = 0; i < S::TOKENS / AT_ONCE; i++) {
         from[i] = token(thread / 8 + i * AT_ONCE) * groups * (MQ_GROUP_SIZE / 16) + piece;
     }
-#pragma unroll
-    for (uint32_t i = 0; i < MINE; i++) {
-        factors[i] = token(thread + i * GROUP_THREADS) * groups;
-    }
+    const float2 *factors = b.factors[rows.job] + tokens.begin + factor_shift(b.tokens[rows.job].first, tokens.depth);
+    const uint32_t places = factor_places(b.n);
     const uint32_t last = b.tiles[rows.job] - 1 - rows.tile, tile = thread < last ? thread : last;
     const uint8_t *codes = b.codes[rows.job] + (size_t)(rows.tile + tile) * groups * CODE_BYTES;
     const uint16_t *pairs = b.job[rows.job].matrix.scale_offset +
@@ -68,7 +65,8 @@ __device__ inline void wide_copy(const batch &b, row_block rows, token_block tok
             barrier_wait(&barriers[at].empty, (g / S::STAGES - 1) % 2);
         }
         if (thread == 0) {
-            barrier_expect(&barriers[at].full, TILES * (CODE_BYTES + sizeof to.scale_offset[0]));
+            barrier_expect(&barriers[at].full, TILES * (CODE_BYTES + sizeof to.scale_offset[0]) + sizeof to.factors);
+            copy_bulk(to.factors, factors + (size_t)g * places, sizeof to.factors, &barriers[at].full);
         }
         __syncwarp();
         if (thread < TILES) {
@@ -81,41 +79,56 @@ __device__ inline void wide_copy(const batch &b, row_block rows, token_block tok
             const uint32_t slot = thread / 8 + i * AT_ONCE;
             copy_async<16>(to.q[slot] + (piece ^ thread / 8 % 8) * 16, q + (size_t)from[i] * 16, true);
         }
-#pragma unroll
-        for (uint32_t i = 0; i < MINE; i++) {
-            const uint32_t slot = thread + i * GROUP_THREADS;
-            if (slot < S::TOKENS) {
-                copy_async<4>(&to.factors[slot / 2][slot % 2], b.x.scale + factors[i] + g, true);
-                copy_async<4>(&to.factors[slot / 2][2 + slot % 2], b.x.sum + factors[i] + g, true);
-            }
-        }
         barrier_arrive_copied(&barriers[at].full);
     }
 }
 
+// A lane's codes of a stage, as deep as the tokens of the block want them.
+template <bool DROP, typename S>
+__device__ inline void load_codes(uint32_t (&a)[4][4], const typename S::stage &s, uint32_t drop, uint32_t mask)
+{
+    const uint32_t lane = threadIdx.x % 32, tile = threadIdx.x / 32 - 4; // the first warpgroup copies
+#pragma unroll
+    for (uint32_t f = 0; f < 4; f++) {
+        const uint4 four = *reinterpret_cast<const uint4 *>(s.codes[tile] + f * FRAGMENT + lane * 16);
+        a[f][0] = four.x, a[f][1] = four.y, a[f][2] = four.z, a[f][3] = four.w;
+        if constexpr (DROP) {
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++) {
+                a[f][i] = a[f][i] >> drop & mask;
+            }
+        }
+    }
+}
+
+template <typename S>
+__device__ inline void send_piece(int32_t (&dot)[S::PIECE / 2], const uint32_t (&a)[4][4], const typename S::stage &s, uint32_t piece)
+{
+    warpgroup_begin();
+#pragma unroll
+    for (uint32_t f = 0; f < 4; f++) {
+        warpgroup_multiply(dot, a[f], warpgroup_matrix(s.q[piece * S::PIECE], f), f > 0);
+    }
+    warpgroup_send();
+}
+
+// While the tensor cores have one piece of the tokens, the float steps of the piece before it.
 template <bool DROP, typename S>
 __device__ inline void wide_multiply(float (&y)[S::PIECES][S::PIECE / 2], uint32_t groups, const typename S::stage *stages,
                                      wide_barriers *barriers, uint32_t drop, uint32_t mask, float factor)
 {
-    const uint32_t lane = threadIdx.x % 32, tile = threadIdx.x / 32 - 4; // the first warpgroup copies
+    static_assert(S::PIECES % 2 == 0, "pieces take turns in two sets of sums");
+    const uint32_t lane = threadIdx.x % 32, tile = threadIdx.x / 32 - 4;
+    uint32_t a[4][4];
+    int32_t dot[2][S::PIECE / 2];
+    barrier_wait(&barriers[0].full, 0);
+    fence_tensor_reads();
+    load_codes<DROP, S>(a, stages[0], drop, mask);
+    send_piece<S>(dot[0], a, stages[0], 0);
     for (uint32_t g = 0; g < groups; g++) {
-        const uint32_t at = g % S::STAGES;
+        const uint32_t at = g % S::STAGES, next = (g + 1) % S::STAGES;
         const typename S::stage &s = stages[at];
-        barrier_wait(&barriers[at].full, g / S::STAGES % 2);
-        fence_tensor_reads();
-        uint32_t a[4][4];
         float step[2], base[2];
-#pragma unroll
-        for (uint32_t f = 0; f < 4; f++) {
-            const uint4 four = *reinterpret_cast<const uint4 *>(s.codes[tile] + f * FRAGMENT + lane * 16);
-            a[f][0] = four.x, a[f][1] = four.y, a[f][2] = four.z, a[f][3] = four.w;
-            if constexpr (DROP) {
-#pragma unroll
-                for (uint32_t i = 0; i < 4; i++) {
-                    a[f][i] = a[f][i] >> drop & mask;
-                }
-            }
-        }
 #pragma unroll
         for (uint32_t half = 0; half < 2; half++) {
             const uint16_t *pair = s.scale_offset[tile][0] + lane / 4 + half * 8;
@@ -124,22 +137,24 @@ __device__ inline void wide_multiply(float (&y)[S::PIECES][S::PIECE / 2], uint32
         }
 #pragma unroll
         for (uint32_t piece = 0; piece < S::PIECES; piece++) {
-            int32_t dot[S::PIECE / 2];
-            warpgroup_begin();
-#pragma unroll
-            for (uint32_t f = 0; f < 4; f++) {
-                warpgroup_multiply(dot, a[f], warpgroup_matrix(s.q[piece * S::PIECE], f), f > 0);
+            warpgroup_receive(dot[piece % 2]);
+            if (piece + 1 < S::PIECES) {
+                send_piece<S>(dot[(piece + 1) % 2], a, s, piece + 1);
+            } else if (g + 1 < groups) {
+                barrier_wait(&barriers[next].full, (g + 1) / S::STAGES % 2);
+                fence_tensor_reads();
+                load_codes<DROP, S>(a, stages[next], drop, mask);
+                send_piece<S>(dot[0], a, stages[next], 0);
             }
-            warpgroup_end();
 #pragma unroll
             for (uint32_t n = 0; n < S::PIECE / 8; n++) {
-                const float4 factors = *reinterpret_cast<const float4 *>(s.factors[piece * S::PIECE / 2 + n * 4 + lane % 4]);
+                const float4 factors = s.factors[piece * S::PIECE / 2 + n * 4 + lane % 4];
 #pragma unroll
                 for (uint32_t k = 0; k < 4; k++) {
-                    const float exact = (float)dot[4 * n + k];
+                    const float exact = (float)dot[piece % 2][4 * n + k];
                     float &out = y[piece][4 * n + k];
-                    out = fmaf(step[k / 2] * (k % 2 ? factors.y : factors.x), exact, out);
-                    out = fmaf(base[k / 2], k % 2 ? factors.w : factors.z, out);
+                    out = fmaf(step[k / 2] * (k % 2 ? factors.z : factors.x), exact, out);
+                    out = fmaf(base[k / 2], k % 2 ? factors.w : factors.y, out);
                 }
             }
         }
