@@ -112,54 +112,62 @@ __device__ inline void send_piece(int32_t (&dot)[S::PIECE / 2], const uint32_t (
     warpgroup_send();
 }
 
-// While the tensor cores have one piece of the tokens, the float steps of the piece before it.
+// One group: while the tensor cores have one piece of the tokens, the float steps of the piece before it; with the last piece the first of
+// the next group is sent. dot[0] is on its way.
+template <bool DROP, bool LAST, typename S>
+__device__ inline void wide_group(float (&y)[S::PIECES][S::PIECE / 2], int32_t (&dot)[2][S::PIECE / 2], uint32_t (&a)[4][4], uint32_t g,
+                                  const typename S::stage *stages, wide_barriers *barriers, uint32_t drop, uint32_t mask, float factor)
+{
+    static_assert(S::PIECES % 2 == 0, "pieces take turns in two sets of sums");
+    const uint32_t lane = threadIdx.x % 32, tile = threadIdx.x / 32 - 4, at = g % S::STAGES, next = (g + 1) % S::STAGES;
+    const typename S::stage &s = stages[at];
+    float step[2], base[2];
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        const uint16_t *pair = s.scale_offset[tile][0] + lane / 4 + half * 8;
+        step[half] = f16_to_f32(pair[0]) * factor;
+        base[half] = fmaf(step[half], 0.5f, -f16_to_f32(pair[MQ_TILE_ROWS]));
+    }
+#pragma unroll
+    for (uint32_t piece = 0; piece < S::PIECES; piece++) {
+        warpgroup_receive(dot[piece % 2]);
+        if (piece + 1 < S::PIECES) {
+            send_piece<S>(dot[(piece + 1) % 2], a, s, piece + 1);
+        } else if constexpr (!LAST) {
+            barrier_wait(&barriers[next].full, (g + 1) / S::STAGES % 2);
+            fence_tensor_reads();
+            load_codes<DROP, S>(a, stages[next], drop, mask);
+            send_piece<S>(dot[0], a, stages[next], 0);
+        }
+#pragma unroll
+        for (uint32_t n = 0; n < S::PIECE / 8; n++) {
+            const float4 factors = s.factors[piece * S::PIECE / 2 + n * 4 + lane % 4];
+#pragma unroll
+            for (uint32_t k = 0; k < 4; k++) {
+                const float exact = (float)dot[piece % 2][4 * n + k];
+                float &out = y[piece][4 * n + k];
+                out = fmaf(step[k / 2] * (k % 2 ? factors.z : factors.x), exact, out);
+                out = fmaf(base[k / 2], k % 2 ? factors.w : factors.y, out);
+            }
+        }
+    }
+    barrier_arrive(&barriers[at].empty);
+}
+
 template <bool DROP, typename S>
 __device__ inline void wide_multiply(float (&y)[S::PIECES][S::PIECE / 2], uint32_t groups, const typename S::stage *stages,
                                      wide_barriers *barriers, uint32_t drop, uint32_t mask, float factor)
 {
-    static_assert(S::PIECES % 2 == 0, "pieces take turns in two sets of sums");
-    const uint32_t lane = threadIdx.x % 32, tile = threadIdx.x / 32 - 4;
     uint32_t a[4][4];
     int32_t dot[2][S::PIECE / 2];
     barrier_wait(&barriers[0].full, 0);
     fence_tensor_reads();
     load_codes<DROP, S>(a, stages[0], drop, mask);
     send_piece<S>(dot[0], a, stages[0], 0);
-    for (uint32_t g = 0; g < groups; g++) {
-        const uint32_t at = g % S::STAGES, next = (g + 1) % S::STAGES;
-        const typename S::stage &s = stages[at];
-        float step[2], base[2];
-#pragma unroll
-        for (uint32_t half = 0; half < 2; half++) {
-            const uint16_t *pair = s.scale_offset[tile][0] + lane / 4 + half * 8;
-            step[half] = f16_to_f32(pair[0]) * factor;
-            base[half] = fmaf(step[half], 0.5f, -f16_to_f32(pair[MQ_TILE_ROWS]));
-        }
-#pragma unroll
-        for (uint32_t piece = 0; piece < S::PIECES; piece++) {
-            warpgroup_receive(dot[piece % 2]);
-            if (piece + 1 < S::PIECES) {
-                send_piece<S>(dot[(piece + 1) % 2], a, s, piece + 1);
-            } else if (g + 1 < groups) {
-                barrier_wait(&barriers[next].full, (g + 1) / S::STAGES % 2);
-                fence_tensor_reads();
-                load_codes<DROP, S>(a, stages[next], drop, mask);
-                send_piece<S>(dot[0], a, stages[next], 0);
-            }
-#pragma unroll
-            for (uint32_t n = 0; n < S::PIECE / 8; n++) {
-                const float4 factors = s.factors[piece * S::PIECE / 2 + n * 4 + lane % 4];
-#pragma unroll
-                for (uint32_t k = 0; k < 4; k++) {
-                    const float exact = (float)dot[piece % 2][4 * n + k];
-                    float &out = y[piece][4 * n + k];
-                    out = fmaf(step[k / 2] * (k % 2 ? factors.z : factors.x), exact, out);
-                    out = fmaf(base[k / 2], k % 2 ? factors.w : factors.y, out);
-                }
-            }
-        }
-        barrier_arrive(&barriers[at].empty);
+    for (uint32_t g = 0; g + 1 < groups; g++) {
+        wide_group<DROP, false, S>(y, dot, a, g, stages, barriers, drop, mask, factor);
     }
+    wide_group<DROP, true, S>(y, dot, a, groups - 1, stages, barriers, drop, mask, factor);
 }
 
 #endif
