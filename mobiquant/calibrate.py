@@ -9,8 +9,6 @@ embedding, never the model, and the hidden states unless they lie on disk.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +35,6 @@ from mobiquant.checkpoint import (
     block_name,
     finish_checkpoint,
     read_tensors,
-    write_json,
     write_tensors,
 )
 from mobiquant.config import CalibrationSettings, QuantizationConfig, RouterConfig
@@ -55,18 +52,19 @@ from mobiquant.source import Source
 from mobiquant.static import static_order
 from mobiquant.thresholds import RouterScores, budget_cuts
 from mobiquant.weights import WeightError
-from runtime.files import remove_leftovers
+from mobiquant.work_folder import (
+    GAINS_FILE,
+    SENSITIVITY_FILE,
+    claim_folder,
+    fingerprint,
+    remove_work_files,
+)
 
-STATE_FILE = "calibration.json"
-_SENSITIVITY_FILE = "sensitivity.safetensors"
-_GAINS_FILE = "gains.safetensors"
 _THRESHOLD_WINDOWS = 16
 # Tokens that pass a block together where nothing is trained, and the room that what they leave in it may take.
 _PASS_TOKENS = 16384
 _PASS_BYTES = 3 << 30
 ACTIVATIONS = ("cpu", "disk")
-# Only a run that goes on needs these; a finished folder has none.
-_WORK_FILES = (_SENSITIVITY_FILE, _GAINS_FILE, "recipe-*.safetensors")
 
 
 @dataclass
@@ -108,9 +106,9 @@ def calibrate(
         return calibration_windows(text, tokenizer, bos, samples, seq_len, settings.seed)
 
     calibration = _Calibration(source, folder, settings, windows, folder if activations == "disk" else None)
-    _claim_folder(folder, _fingerprint(source, text, settings), restart)
+    claim_folder(folder, fingerprint(source, text, settings), restart)
     if (folder / INDEX_FILE).is_file():
-        _remove_work_files(folder)
+        remove_work_files(folder)
         return
     torch.use_deterministic_algorithms(True, warn_only=True)
     calibration.run()
@@ -181,13 +179,13 @@ class _Calibration:
 
     def _gains(self, scores: list[list[Tensor]]) -> np.ndarray:
         """Expected gains by the blocks' own routers, float64 [L, 3]: kept, because tuned ones take their place."""
-        path = self.folder / _GAINS_FILE
+        path = self.folder / GAINS_FILE
         if not path.is_file():
             write_tensors(path, {"gains": expected_gains(scores)})
         return read_tensors(path)["gains"]
 
     def _sensitivity(self) -> Sensitivity:
-        path = self.folder / _SENSITIVITY_FILE
+        path = self.folder / SENSITIVITY_FILE
         if not path.is_file():
             windows, seed = self.windows.training, self.settings.seed
             measured = measure_sensitivity(self.source, windows, self.batch, seed, self.device, self.hidden_folder)
@@ -359,48 +357,7 @@ class _Calibration:
         write_tensors(self.folder / OUTER_FILE, outer)
         files = [*(block_file(index) for index in range(count)), OUTER_FILE]
         finish_checkpoint(self.folder, self.source.path, self.source.content, quantization, files)
-        _remove_work_files(self.folder)  # not before: a run that is stopped here goes on from them
-
-
-def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -> None:
-    """Make the folder ours: new or empty, or an earlier run with the same fingerprint."""
-    state = folder / STATE_FILE
-    remove_leftovers(folder, STATE_FILE)
-    if restart and state.is_file():
-        # In this order, so that nobody takes what a killed restart leaves for a checkpoint, or goes on from it.
-        (folder / INDEX_FILE).unlink(missing_ok=True)
-        write_json(state, {})
-        _remove_work_files(folder)
-        for path in (*folder.glob("block-*.safetensors"), folder / OUTER_FILE, folder / CONFIG_FILE):
-            path.unlink(missing_ok=True)
-    elif state.is_file():
-        try:
-            found = json.loads(state.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{state}: expected readable JSON: {error}; use --restart") from error
-        for key, expected in fingerprint.items():
-            if found.get(key) != expected:
-                raise CheckpointError(
-                    f"{folder}: holds a calibration with another {key}: expected {expected}, found {found.get(key)}; "
-                    "use --restart to begin again"
-                )
-        return
-    elif folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: expected a new or empty folder, found other files")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(state, fingerprint)
-
-
-def _remove_work_files(folder: Path) -> None:
-    remove_leftovers(folder)
-    for path in (path for pattern in _WORK_FILES for path in folder.glob(pattern)):
-        path.unlink(missing_ok=True)
-
-
-def _fingerprint(source: Source, text: str, settings: CalibrationSettings) -> dict[str, object]:
-    """Everything that decides the result, by the name that an error message gives it."""
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return {"model": source.fingerprint(), "text": digest, **dataclasses.asdict(settings)}
+        remove_work_files(self.folder)  # not before: a run that is stopped here goes on from them
 
 
 def _bos(source: Source) -> int:
