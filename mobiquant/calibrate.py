@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mobiquant.architectures import UnsupportedModelError
+from mobiquant.balance import balanced, load_balances, measure_balance, save_balances
 from mobiquant.checkpoint import (
     CONFIG_FILE,
     EMBEDDING,
@@ -53,6 +54,7 @@ from mobiquant.static import static_order
 from mobiquant.thresholds import RouterScores, budget_cuts
 from mobiquant.weights import WeightError
 from mobiquant.work_folder import (
+    BALANCE_FILE,
     GAINS_FILE,
     SENSITIVITY_FILE,
     claim_folder,
@@ -142,8 +144,10 @@ class _Calibration:
     def run(self) -> None:
         for name in self._tables():
             self._check_table(name)
-        sensitivity = self._sensitivity()
         recipe = recipes()[self.settings.recipe]
+        if recipe.balanced:
+            self._balance()
+        sensitivity = self._sensitivity()
         model_task = self._model_task()
         slices = recipe.slices(model_task)
         gains = self._gains(self._blocks(recipe, slices, sensitivity))
@@ -183,6 +187,13 @@ class _Calibration:
         if not path.is_file():
             write_tensors(path, {"gains": expected_gains(scores)})
         return read_tensors(path)["gains"]
+
+    def _balance(self) -> None:
+        """From here on every block is read with balanced channels."""
+        path, training = self.folder / BALANCE_FILE, self.windows.training
+        if not path.is_file():
+            save_balances(path, measure_balance(self.source, training, self.batch, self.device, self.hidden_folder))
+        self.source = balanced(self.source, load_balances(path))
 
     def _sensitivity(self) -> Sensitivity:
         path = self.folder / SENSITIVITY_FILE

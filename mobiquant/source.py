@@ -5,9 +5,10 @@ Memory holds one block, never the whole model. Everything is handed out in float
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Source:
         self.original = transformers_config(content, path / CONFIG_FILE)
         self._weights = WeightFiles(path)
         self._weights.check(self._shapes())
+        self._adjust: Callable[[int, DecoderBlock], None] | None = None
 
     @property
     def block_count(self) -> int:
@@ -67,7 +69,16 @@ class Source:
             if name.endswith("norm.weight"):
                 tensors[name] += self.config.norm_offset
         block.load_state_dict(tensors, assign=True)
-        return block.requires_grad_(False).eval()
+        block.requires_grad_(False).eval()
+        if self._adjust:
+            self._adjust(index, block)
+        return block
+
+    def adjusted(self, adjust: Callable[[int, DecoderBlock], None]) -> Source:
+        """The same model, its blocks changed in place by adjust(index, block) whenever one is read."""
+        result = copy.copy(self)
+        result._adjust = adjust
+        return result
 
     def embedding(self) -> Tensor:
         """float32 [vocab, width]."""

@@ -13,10 +13,11 @@ from mobiquant.source import Source
 from runtime.files import remove_leftovers
 
 STATE_FILE = "calibration.json"
+BALANCE_FILE = "balance.safetensors"
 SENSITIVITY_FILE = "sensitivity.safetensors"
 GAINS_FILE = "gains.safetensors"
 # Only a run that goes on needs these; a finished folder has none.
-_WORK_FILES = (SENSITIVITY_FILE, GAINS_FILE, "recipe-*.safetensors")
+_WORK_FILES = (BALANCE_FILE, SENSITIVITY_FILE, GAINS_FILE, "recipe-*.safetensors")
 
 
 def claim_folder(folder: Path, own: dict[str, object], restart: bool) -> None:
