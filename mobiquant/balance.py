@@ -43,20 +43,24 @@ class Balance:
     def apply(self, block: DecoderBlock) -> None:
         """Scale the block's weights in place."""
         attention, mlp, spec = block.self_attn, block.mlp, block.spec
+        device = mlp.down_proj.weight.device
+        width, value, ffn, inner = (
+            factors.to(device) for factors in (self.attention, self.value, self.ffn, self.inner)
+        )
         shared = spec.num_attention_heads // spec.num_key_value_heads
-        output = self.value.unflatten(0, (-1, spec.head_dim)).repeat_interleave(shared, dim=0).flatten()
-        block.input_layernorm.weight.div_(self.attention)
+        output = value.unflatten(0, (-1, spec.head_dim)).repeat_interleave(shared, dim=0).flatten()
+        block.input_layernorm.weight.div_(width)
         for name in ("q_proj", "k_proj", "v_proj"):
-            attention.get_submodule(name).weight.mul_(self.attention)
-        attention.v_proj.weight.div_(self.value[:, None])
+            attention.get_submodule(name).weight.mul_(width)
+        attention.v_proj.weight.div_(value[:, None])
         if hasattr(attention, "v_bias"):
-            attention.v_bias.div_(self.value)
+            attention.v_bias.div_(value)
         attention.o_proj.weight.mul_(output)
-        block.get_submodule(spec.ffn_norm).weight.div_(self.ffn)
+        block.get_submodule(spec.ffn_norm).weight.div_(ffn)
         for linear in (mlp.gate_proj, mlp.up_proj):
-            linear.weight.mul_(self.ffn)
-        mlp.up_proj.weight.div_(self.inner[:, None])
-        mlp.down_proj.weight.mul_(self.inner)
+            linear.weight.mul_(ffn)
+        mlp.up_proj.weight.div_(inner[:, None])
+        mlp.down_proj.weight.mul_(inner)
 
 
 def balanced(source: Source, balances: list[Balance]) -> Source:
@@ -95,7 +99,7 @@ def measure_balance(
         hidden[chosen] = source.embed(ids[chosen])
     balances = []
     for index in tqdm(range(source.block_count), desc="balance", unit="block"):
-        block = source.block(index).to(device)
+        block = source.block(index, device)
         squares = {point: torch.zeros((), device=device) for point in ROUTER_POINTS}
         hooks = [
             block.get_submodule(names[0]).register_forward_pre_hook(

@@ -164,7 +164,7 @@ class _Calibration:
         with tqdm(total=steps * self.source.block_count, unit="step", smoothing=0.05) as bar:
             for index in range(self.source.block_count):
                 bar.set_description(f"block {index + 1}/{self.source.block_count}")
-                exact_block = self.source.block(index).to(self.device)
+                exact_block = self.source.block(index, self.device)
                 self._advance_exact(exact_block, streams.exact)
                 if (self.folder / block_file(index)).is_file():
                     # Not work of this run: an estimate must not count it.

@@ -76,7 +76,7 @@ def measure_outer(
         )
     positions = position_embeddings(source, seq_len, device)
     for index in tqdm(range(source.block_count), desc="embedding and head", unit="block"):
-        block = source.block(index).to(device)
+        block = source.block(index, device)
         for part in torch.arange(streams.shape[0]).split(batch):
             streams[part] = block(streams[part].to(device), position_embeddings=positions).cpu()
         del block

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from mobiquant.checkpoint import LINEARS, read_tensors, write_tensors
 from mobiquant.hidden import hidden_states
 from mobiquant.source import Source
+from mobiquant.tensor_cores import tensor_cores
 
 # Tokens whose hidden states between all blocks are there at once, and tokens whose logits are.
 _PASS_TOKENS = 16384
@@ -68,7 +69,8 @@ def measure_sensitivity(
     def predict(x: Tensor) -> Tensor:
         return source.capped(norm(x) @ head.T)
 
-    with tqdm(total=2 * passes * blocks, desc="sensitivity", unit="block") as bar:
+    # An estimate: it needs no more bits than tensor cores have.
+    with tqdm(total=2 * passes * blocks, desc="sensitivity", unit="block") as bar, tensor_cores():
         for start in range(0, count, together):
             ids = torch.from_numpy(windows[start : start + together])
             batches = torch.arange(len(ids)).split(batch)
@@ -77,7 +79,7 @@ def measure_sensitivity(
             for index in range(blocks):
                 before, after = index * len(ids), (index + 1) * len(ids)
                 with torch.no_grad():
-                    block = source.block(index).to(device)
+                    block = source.block(index, device)
                     for chosen in batches:
                         output = block(hidden[before + chosen].to(device), position_embeddings=positions)
                         hidden[after + chosen] = output.cpu()
@@ -89,7 +91,7 @@ def measure_sensitivity(
                 hidden[int(chosen)] = gradient.cpu()
             for index in reversed(range(blocks)):
                 before, after = index * len(ids), (index + 1) * len(ids)
-                block = source.block(index).to(device)
+                block = source.block(index, device)
                 for chosen in batches:
                     gradient, squares = _block_gradients(
                         block, hidden[before + chosen].to(device), hidden[after + chosen].to(device), positions

@@ -200,9 +200,9 @@ def test_no_two_blocks_of_the_model_are_in_memory_at_once(
 ) -> None:
     read, alive, most = Source.block, weakref.WeakSet(), []
 
-    def block(self: Source, index: int) -> torch.nn.Module:
+    def block(self: Source, index: int, device: torch.device) -> torch.nn.Module:
         most.append(len(alive))
-        found = read(self, index)
+        found = read(self, index, device)
         alive.add(found)
         return found
 

@@ -21,9 +21,10 @@ from mobiquant.recipes.distill import distill, slice_steps
 from mobiquant.recipes.gains import fit_router, measure_gains, set_level
 from mobiquant.recipes.route import train_routers
 from mobiquant.recipes.trained_slice import SliceTraining
-from mobiquant.recipes.whole import fits, tensor_cores
+from mobiquant.recipes.whole import fits
 from mobiquant.router import Router, TrainableRouter
 from mobiquant.slices import SlicedWeight, unslice_weight
+from mobiquant.tensor_cores import tensor_cores
 
 # What a block takes of the steps and of the windows per step that a whole model takes.
 _STEP_SHARE = 0.5

@@ -15,8 +15,9 @@ from mobiquant.recipes import ModelTask
 from mobiquant.recipes.own_text import training_windows
 from mobiquant.recipes.progress import load_frozen, load_trained, save_progress
 from mobiquant.recipes.trained_slice import Passing, SliceTraining
-from mobiquant.recipes.whole import WholeModel, tensor_cores
+from mobiquant.recipes.whole import WholeModel
 from mobiquant.slices import SlicedWeight
+from mobiquant.tensor_cores import tensor_cores
 
 _FILE = "recipe-slices.safetensors"
 _SAVE_EVERY = 200

@@ -24,9 +24,10 @@ from mobiquant.recipes import CalibratedBlock, ModelTask
 from mobiquant.recipes.distill import DIVERGENCE_FLOOR
 from mobiquant.recipes.own_text import training_windows
 from mobiquant.recipes.progress import load_frozen, load_trained, save_progress
-from mobiquant.recipes.whole import WholeModel, tensor_cores
+from mobiquant.recipes.whole import WholeModel
 from mobiquant.router import Router, TrainableRouter, spending_cut, straight_through_gates
 from mobiquant.slices import SlicedWeight, unslice_weight
+from mobiquant.tensor_cores import tensor_cores
 
 _FILE = "recipe-routers.safetensors"
 _SAVE_EVERY = 200
