@@ -210,8 +210,8 @@ def test_no_two_blocks_of_the_model_are_in_memory_at_once(
     monkeypatch.setattr("mobiquant.recipes.best.fits", lambda *_: False)
     source = open_source(str(tiny_model))
     calibration.calibrate(source, tmp_path / "out", tiny_text, tiny_settings, activations="disk")
-    # Twice for the sensitivity, once to calibrate, once for the depths of the embedding and the head.
-    assert most == [0] * (4 * source.block_count)
+    # Once for the balance, twice for the sensitivity, once to calibrate, once for the depths of embedding and head.
+    assert most == [0] * (5 * source.block_count)
 
 
 def test_a_random_model_of_any_size_is_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
