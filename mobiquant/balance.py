@@ -93,10 +93,10 @@ def measure_balance(
     """
     count = min(len(windows), max(1, _PASS_TOKENS // windows.shape[1]))
     ids, batches = torch.from_numpy(windows[:count]), torch.arange(count).split(batch)
-    hidden = hidden_states(count, windows.shape[1], source.config.hidden_size, folder)
+    hidden = hidden_states((count, windows.shape[1], source.config.hidden_size), device, folder)
     positions = position_embeddings(source, windows.shape[1], device)
     for chosen in batches:
-        hidden[chosen] = source.embed(ids[chosen])
+        hidden.write(chosen, source.embed(ids[chosen]))
     balances = []
     for index in tqdm(range(source.block_count), desc="balance", unit="block"):
         block = source.block(index, device)
@@ -109,7 +109,7 @@ def measure_balance(
             for point, names in ROUTER_POINTS.items()
         ]
         for chosen in batches:
-            hidden[chosen] = block(hidden[chosen].to(device), position_embeddings=positions).cpu()
+            hidden.write(chosen, block(hidden.read(chosen, device), position_embeddings=positions))
         for hook in hooks:
             hook.remove()
         spec = source.config

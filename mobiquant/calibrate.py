@@ -51,6 +51,7 @@ from mobiquant.sensitivity import Sensitivity, measure_sensitivity, position_emb
 from mobiquant.slices import SlicedWeight, slice_pieces, slice_weight, storable_groups
 from mobiquant.source import Source
 from mobiquant.static import static_order
+from mobiquant.tensor_cores import tensor_cores
 from mobiquant.thresholds import RouterScores, budget_cuts
 from mobiquant.weights import WeightError
 from mobiquant.work_folder import (
@@ -113,7 +114,8 @@ def calibrate(
         remove_work_files(folder)
         return
     torch.use_deterministic_algorithms(True, warn_only=True)
-    calibration.run()
+    with tensor_cores():
+        calibration.run()
 
 
 class _Calibration:
@@ -222,14 +224,15 @@ class _Calibration:
         )
         exact, sliced = self._room(len(training)), self._room(len(depths))
         for chosen in torch.arange(len(training)).split(self.batch):
-            exact[chosen] = self.source.embed(training[chosen])
+            exact.write(chosen, self.source.embed(training[chosen]))
         ids = torch.cat((training, held_out.repeat(SLICE_COUNT, 1)))
         for chosen in torch.arange(len(ids)).split(self.batch):
-            sliced[chosen] = self._embed_sliced(ids[chosen])
+            sliced.write(chosen, self._embed_sliced(ids[chosen]))
         return _Streams(exact, sliced, depths)
 
     def _room(self, windows: int) -> HiddenStates:
-        return hidden_states(windows, self.settings.seq_len, self.source.config.hidden_size, self.hidden_folder)
+        shape = (windows, self.settings.seq_len, self.source.config.hidden_size)
+        return hidden_states(shape, self.device, self.hidden_folder)
 
     def _embed_sliced(self, ids: Tensor) -> Tensor:
         """float32 [..., width] as the sliced embedding gives it; only the rows in use are sliced."""
@@ -295,7 +298,7 @@ class _Calibration:
     @torch.no_grad()
     def _advance_exact(self, block: nn.Module, hidden: HiddenStates) -> None:
         for chosen in torch.arange(hidden.shape[0]).split(self.batch):
-            hidden[chosen] = self._run(block, hidden[chosen])
+            self._pass(block, hidden, chosen)
 
     @torch.no_grad()
     def _advance_sliced(self, block: nn.Module, streams: _Streams, scores: list[list[Tensor]]) -> None:
@@ -307,14 +310,17 @@ class _Calibration:
             training, held_out = windows[windows < samples], windows[windows >= samples]
             with self.precision.keeping():
                 for chosen in training.split(self.batch):
-                    hidden[chosen] = self._run(block, hidden[chosen])
+                    self._pass(block, hidden, chosen)
                 with RouterScores(block) as recorded:
                     for chosen in held_out.split(self.batch):
-                        hidden[chosen] = self._run(block, hidden[chosen])
+                        self._pass(block, hidden, chosen)
             scores[depth - 1] += recorded.per_linear()
 
+    def _pass(self, block: nn.Module, hidden: HiddenStates, windows: Tensor) -> None:
+        hidden.write(windows, self._run(block, hidden.read(windows, self.device)))
+
     def _run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        return block(hidden.to(self.device), position_embeddings=self.positions).cpu()
+        return block(hidden, position_embeddings=self.positions)
 
     def _tune_routers(self, recipe: Recipe, task: ModelTask) -> None:
         """Let the recipe train the routers of all blocks together, and save them in place of the blocks' own."""
@@ -337,7 +343,9 @@ class _Calibration:
         blocks = [
             lambda index=index: self._saved_block(index).to(self.device) for index in range(self.source.block_count)
         ]
-        return budget_cuts(blocks, self._run, hidden, self.precision, self.sizes, self.batch, self.hidden_folder)
+        return budget_cuts(
+            blocks, self._run, hidden, self.precision, self.sizes, self.batch, self.device, self.hidden_folder
+        )
 
     def _finish(self, gains: np.ndarray) -> None:
         """Set the thresholds in every block, write what lies outside the blocks, then make the folder a checkpoint."""

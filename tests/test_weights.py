@@ -21,7 +21,7 @@ import mobiquant.calibrate as calibration  # noqa: E402
 from mobiquant import weights  # noqa: E402
 from mobiquant.cli import main  # noqa: E402
 from mobiquant.demo.train import Shape  # noqa: E402
-from mobiquant.hidden import StatesOnDisk  # noqa: E402
+from mobiquant.hidden import StatesInMemory, StatesOnDisk  # noqa: E402
 from mobiquant.source import Source, open_source  # noqa: E402
 
 INDEX = "model.safetensors.index.json"
@@ -224,16 +224,22 @@ def test_a_random_model_of_any_size_is_written_in_shards(tmp_path: Path, monkeyp
     assert not torch.equal(source.head(), source.embedding())
 
 
-def test_hidden_states_on_disk_are_what_was_written(tmp_path: Path) -> None:
-    states, expected = StatesOnDisk(tmp_path, (5, 3, 7)), torch.randn(5, 3, 7)
-    states[torch.arange(5)] = torch.zeros(5, 3, 7)
-    states[torch.tensor([4, 1])] = expected[[4, 1]]
-    states[0] = expected[0]
-    assert torch.equal(states[torch.tensor([0, 1, 4, 1])], expected[[0, 1, 4, 1]])
-    assert torch.equal(states[4], expected[4]) and not states[3].any()
-    with pytest.raises(IndexError, match=r"window: expected 0\.\.4, found 5"):
-        states[5]
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_hidden_states_are_what_was_written(tmp_path: Path, kind: str) -> None:
+    shape, expected = (5, 3, 7), torch.randn(5, 3, 7)
+    states = StatesOnDisk(tmp_path, shape) if kind == "disk" else StatesInMemory(shape, torch.device("cpu"))
+    states.write(torch.arange(5), torch.zeros(5, 3, 7))
+    states.write(torch.tensor([4, 1]), expected[[4, 1]])
+    states.write(torch.tensor([0]), expected[:1].double())
+    found = states.read(torch.tensor([0, 1, 4, 1]), "cpu")
+    assert torch.equal(found, expected[[0, 1, 4, 1]])
+    found.zero_()  # a copy
+    assert (
+        torch.equal(states.read(torch.tensor([4]), "cpu"), expected[4:])
+        and not states.read(torch.tensor([3]), "cpu").any()
+    )
+    with pytest.raises(IndexError):
+        states.read(torch.tensor([5]), "cpu")
 
 
 def test_a_disk_without_room_for_hidden_states_is_named(tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ from mobiquant.recipes.progress import load_frozen, load_trained, save_progress
 from mobiquant.recipes.whole import WholeModel
 from mobiquant.router import Router, TrainableRouter, spending_cut, straight_through_gates
 from mobiquant.slices import SlicedWeight, unslice_weight
-from mobiquant.tensor_cores import tensor_cores
 
 _FILE = "recipe-routers.safetensors"
 _SAVE_EVERY = 200
@@ -61,7 +60,7 @@ def train_routers(task: ModelTask, blocks: Sequence[CalibratedBlock]) -> list[di
     if path.is_file():
         (done,), _ = load_frozen(path)
         load_trained(path, model.trained, optimizer, done)
-    with tqdm(total=steps, initial=done, desc="routers", unit="step", smoothing=0.05) as bar, tensor_cores():
+    with tqdm(total=steps, initial=done, desc="routers", unit="step", smoothing=0.05) as bar:
         for step in range(done, steps):
             rate = _RATE * min(1.0, (step + 1) / (_WARMUP * steps)) * (1 - step / steps)
             optimizer.param_groups[0]["lr"] = rate
@@ -135,7 +134,8 @@ class _PricedLinear(nn.Module):
         super().__init__()
         self.weight = weight
         self.original = True
-        depths = [unslice_weight(sliced, depth).to(weight.device) for depth in range(1, SLICE_COUNT + 1)]
+        sliced = sliced.to(weight.device)
+        depths = [unslice_weight(sliced, depth) for depth in range(1, SLICE_COUNT + 1)]
         steps = [depths[0], *(high - low for low, high in pairwise(depths))]
         # One product for all of them, [4 · rows, columns]: a step's time is that of its launches.
         self._steps = torch.cat(steps).to(torch.bfloat16 if weight.is_cuda else torch.float32)

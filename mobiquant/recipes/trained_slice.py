@@ -95,7 +95,9 @@ class SliceTraining:
         """For the slice that was begun; its groups are positions, then, for the base, ranges."""
         groups = [{"params": [parameter]} for parameter in self.trained().values()]
         # Gradients by positions are tiny, and smaller with every slice: epsilon must not hold them back.
-        return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0)
+        # Fused: else a step makes copies of all that it updates.
+        fused = self.position.is_cuda
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0, fused=fused)
 
     def train(
         self,
