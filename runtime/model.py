@@ -30,7 +30,7 @@ from runtime.generation import LogitsProcessor
 from runtime.native import CACHE_TYPES, ModelInfo, NativeModel, NativeSession, Stats, device_for
 from runtime.sampling import Sampler, SamplingSettings
 from runtime.state import SavedSession
-from runtime.tokens import Tokenizer
+from runtime.tokens import Tokenizer, shared_tokenizer
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class Model:
             raise ValueError(f"{self.path}: key {KEY_TOKENIZER}: expected the tokenizer, found nothing")
         bos, add_bos = self._native.integers(KEY_BOS_TOKEN), self._native.integers(KEY_ADD_BOS)
         try:
-            return Tokenizer(
+            return shared_tokenizer(
                 json,
                 bos=bos[0] if bos else None,
                 add_bos=bool(add_bos[0]) if add_bos else bool(bos),
