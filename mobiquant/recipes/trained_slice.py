@@ -25,7 +25,7 @@ _RATES = (6e-3, 1e-2, 1.2e-2, 1.5e-2)
 _SCALE_RATE = 5e-4
 # The base's positions are drawn back to the original weights, so that even a steady gradient moves none of them further
 # than this many cells: what lies outside its cell is missing at every depth. Residuals are held by the cell before.
-_REACH = 0.9
+_REACH = 0.7
 # Share of a slice's steps in which the rate rises; then it falls to 0.
 _WARMUP = 0.1
 
