@@ -9,8 +9,6 @@ embedding, never the model, and the hidden states unless they lie on disk.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mobiquant.architectures import UnsupportedModelError
+from mobiquant.balance import balanced, load_balances, measure_balance, save_balances
 from mobiquant.checkpoint import (
     CONFIG_FILE,
     EMBEDDING,
@@ -37,7 +36,6 @@ from mobiquant.checkpoint import (
     block_name,
     finish_checkpoint,
     read_tensors,
-    write_json,
     write_tensors,
 )
 from mobiquant.config import CalibrationSettings, QuantizationConfig, RouterConfig
@@ -53,20 +51,23 @@ from mobiquant.sensitivity import Sensitivity, measure_sensitivity, position_emb
 from mobiquant.slices import SlicedWeight, slice_pieces, slice_weight, storable_groups
 from mobiquant.source import Source
 from mobiquant.static import static_order
+from mobiquant.tensor_cores import tensor_cores
 from mobiquant.thresholds import RouterScores, budget_cuts
 from mobiquant.weights import WeightError
-from runtime.files import remove_leftovers
+from mobiquant.work_folder import (
+    BALANCE_FILE,
+    GAINS_FILE,
+    SENSITIVITY_FILE,
+    claim_folder,
+    fingerprint,
+    remove_work_files,
+)
 
-STATE_FILE = "calibration.json"
-_SENSITIVITY_FILE = "sensitivity.safetensors"
-_GAINS_FILE = "gains.safetensors"
 _THRESHOLD_WINDOWS = 16
 # Tokens that pass a block together where nothing is trained, and the room that what they leave in it may take.
 _PASS_TOKENS = 16384
 _PASS_BYTES = 3 << 30
 ACTIVATIONS = ("cpu", "disk")
-# Only a run that goes on needs these; a finished folder has none.
-_WORK_FILES = (_SENSITIVITY_FILE, _GAINS_FILE, "recipe-*.safetensors")
 
 
 @dataclass
@@ -108,12 +109,13 @@ def calibrate(
         return calibration_windows(text, tokenizer, bos, samples, seq_len, settings.seed)
 
     calibration = _Calibration(source, folder, settings, windows, folder if activations == "disk" else None)
-    _claim_folder(folder, _fingerprint(source, text, settings), restart)
+    claim_folder(folder, fingerprint(source, text, settings), restart)
     if (folder / INDEX_FILE).is_file():
-        _remove_work_files(folder)
+        remove_work_files(folder)
         return
     torch.use_deterministic_algorithms(True, warn_only=True)
-    calibration.run()
+    with tensor_cores():
+        calibration.run()
 
 
 class _Calibration:
@@ -144,8 +146,10 @@ class _Calibration:
     def run(self) -> None:
         for name in self._tables():
             self._check_table(name)
-        sensitivity = self._sensitivity()
         recipe = recipes()[self.settings.recipe]
+        if recipe.balanced:
+            self._balance()
+        sensitivity = self._sensitivity()
         model_task = self._model_task()
         slices = recipe.slices(model_task)
         gains = self._gains(self._blocks(recipe, slices, sensitivity))
@@ -162,7 +166,7 @@ class _Calibration:
         with tqdm(total=steps * self.source.block_count, unit="step", smoothing=0.05) as bar:
             for index in range(self.source.block_count):
                 bar.set_description(f"block {index + 1}/{self.source.block_count}")
-                exact_block = self.source.block(index).to(self.device)
+                exact_block = self.source.block(index, self.device)
                 self._advance_exact(exact_block, streams.exact)
                 if (self.folder / block_file(index)).is_file():
                     # Not work of this run: an estimate must not count it.
@@ -181,13 +185,20 @@ class _Calibration:
 
     def _gains(self, scores: list[list[Tensor]]) -> np.ndarray:
         """Expected gains by the blocks' own routers, float64 [L, 3]: kept, because tuned ones take their place."""
-        path = self.folder / _GAINS_FILE
+        path = self.folder / GAINS_FILE
         if not path.is_file():
             write_tensors(path, {"gains": expected_gains(scores)})
         return read_tensors(path)["gains"]
 
+    def _balance(self) -> None:
+        """From here on every block is read with balanced channels."""
+        path, training = self.folder / BALANCE_FILE, self.windows.training
+        if not path.is_file():
+            save_balances(path, measure_balance(self.source, training, self.batch, self.device, self.hidden_folder))
+        self.source = balanced(self.source, load_balances(path))
+
     def _sensitivity(self) -> Sensitivity:
-        path = self.folder / _SENSITIVITY_FILE
+        path = self.folder / SENSITIVITY_FILE
         if not path.is_file():
             windows, seed = self.windows.training, self.settings.seed
             measured = measure_sensitivity(self.source, windows, self.batch, seed, self.device, self.hidden_folder)
@@ -213,14 +224,15 @@ class _Calibration:
         )
         exact, sliced = self._room(len(training)), self._room(len(depths))
         for chosen in torch.arange(len(training)).split(self.batch):
-            exact[chosen] = self.source.embed(training[chosen])
+            exact.write(chosen, self.source.embed(training[chosen]))
         ids = torch.cat((training, held_out.repeat(SLICE_COUNT, 1)))
         for chosen in torch.arange(len(ids)).split(self.batch):
-            sliced[chosen] = self._embed_sliced(ids[chosen])
+            sliced.write(chosen, self._embed_sliced(ids[chosen]))
         return _Streams(exact, sliced, depths)
 
     def _room(self, windows: int) -> HiddenStates:
-        return hidden_states(windows, self.settings.seq_len, self.source.config.hidden_size, self.hidden_folder)
+        shape = (windows, self.settings.seq_len, self.source.config.hidden_size)
+        return hidden_states(shape, self.device, self.hidden_folder)
 
     def _embed_sliced(self, ids: Tensor) -> Tensor:
         """float32 [..., width] as the sliced embedding gives it; only the rows in use are sliced."""
@@ -286,7 +298,7 @@ class _Calibration:
     @torch.no_grad()
     def _advance_exact(self, block: nn.Module, hidden: HiddenStates) -> None:
         for chosen in torch.arange(hidden.shape[0]).split(self.batch):
-            hidden[chosen] = self._run(block, hidden[chosen])
+            self._pass(block, hidden, chosen)
 
     @torch.no_grad()
     def _advance_sliced(self, block: nn.Module, streams: _Streams, scores: list[list[Tensor]]) -> None:
@@ -298,14 +310,17 @@ class _Calibration:
             training, held_out = windows[windows < samples], windows[windows >= samples]
             with self.precision.keeping():
                 for chosen in training.split(self.batch):
-                    hidden[chosen] = self._run(block, hidden[chosen])
+                    self._pass(block, hidden, chosen)
                 with RouterScores(block) as recorded:
                     for chosen in held_out.split(self.batch):
-                        hidden[chosen] = self._run(block, hidden[chosen])
+                        self._pass(block, hidden, chosen)
             scores[depth - 1] += recorded.per_linear()
 
+    def _pass(self, block: nn.Module, hidden: HiddenStates, windows: Tensor) -> None:
+        hidden.write(windows, self._run(block, hidden.read(windows, self.device)))
+
     def _run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        return block(hidden.to(self.device), position_embeddings=self.positions).cpu()
+        return block(hidden, position_embeddings=self.positions)
 
     def _tune_routers(self, recipe: Recipe, task: ModelTask) -> None:
         """Let the recipe train the routers of all blocks together, and save them in place of the blocks' own."""
@@ -328,7 +343,9 @@ class _Calibration:
         blocks = [
             lambda index=index: self._saved_block(index).to(self.device) for index in range(self.source.block_count)
         ]
-        return budget_cuts(blocks, self._run, hidden, self.precision, self.sizes, self.batch, self.hidden_folder)
+        return budget_cuts(
+            blocks, self._run, hidden, self.precision, self.sizes, self.batch, self.device, self.hidden_folder
+        )
 
     def _finish(self, gains: np.ndarray) -> None:
         """Set the thresholds in every block, write what lies outside the blocks, then make the folder a checkpoint."""
@@ -359,48 +376,7 @@ class _Calibration:
         write_tensors(self.folder / OUTER_FILE, outer)
         files = [*(block_file(index) for index in range(count)), OUTER_FILE]
         finish_checkpoint(self.folder, self.source.path, self.source.content, quantization, files)
-        _remove_work_files(self.folder)  # not before: a run that is stopped here goes on from them
-
-
-def _claim_folder(folder: Path, fingerprint: dict[str, object], restart: bool) -> None:
-    """Make the folder ours: new or empty, or an earlier run with the same fingerprint."""
-    state = folder / STATE_FILE
-    remove_leftovers(folder, STATE_FILE)
-    if restart and state.is_file():
-        # In this order, so that nobody takes what a killed restart leaves for a checkpoint, or goes on from it.
-        (folder / INDEX_FILE).unlink(missing_ok=True)
-        write_json(state, {})
-        _remove_work_files(folder)
-        for path in (*folder.glob("block-*.safetensors"), folder / OUTER_FILE, folder / CONFIG_FILE):
-            path.unlink(missing_ok=True)
-    elif state.is_file():
-        try:
-            found = json.loads(state.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{state}: expected readable JSON: {error}; use --restart") from error
-        for key, expected in fingerprint.items():
-            if found.get(key) != expected:
-                raise CheckpointError(
-                    f"{folder}: holds a calibration with another {key}: expected {expected}, found {found.get(key)}; "
-                    "use --restart to begin again"
-                )
-        return
-    elif folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: expected a new or empty folder, found other files")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(state, fingerprint)
-
-
-def _remove_work_files(folder: Path) -> None:
-    remove_leftovers(folder)
-    for path in (path for pattern in _WORK_FILES for path in folder.glob(pattern)):
-        path.unlink(missing_ok=True)
-
-
-def _fingerprint(source: Source, text: str, settings: CalibrationSettings) -> dict[str, object]:
-    """Everything that decides the result, by the name that an error message gives it."""
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return {"model": source.fingerprint(), "text": digest, **dataclasses.asdict(settings)}
+        remove_work_files(self.folder)  # not before: a run that is stopped here goes on from them
 
 
 def _bos(source: Source) -> int:

@@ -1,12 +1,10 @@
-"""Hidden states of many windows between two blocks: in memory, or in a file when memory is short.
-
-A torch tensor is the one kind; `StatesOnDisk` is the other and gives the same numbers.
-"""
+"""Hidden states of many windows between two blocks: in memory, or in a file when memory is short; the same numbers."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Protocol
 
@@ -15,13 +13,40 @@ from torch import Tensor
 
 
 class HiddenStates(Protocol):
-    """float32 [windows, seq_len, width]. Read and written by whole windows, windows given as int64 [n] or one number;
-    what is read is a copy or must be treated as one."""
+    """float32 [windows, seq_len, width] outside the device. Read and written by whole windows, numbers int64 [n]."""
 
-    shape: tuple[int, ...] | torch.Size
+    shape: tuple[int, int, int]
 
-    def __getitem__(self, windows: Tensor | int) -> Tensor: ...
-    def __setitem__(self, windows: Tensor | int, states: Tensor) -> None: ...
+    def read(self, windows: Tensor, device: torch.device | str) -> Tensor:
+        """A copy on the device, [n, seq_len, width]."""
+        ...
+
+    def write(self, windows: Tensor, states: Tensor) -> None:
+        """Take over [n, seq_len, width] from any device."""
+        ...
+
+
+class StatesInMemory:
+    """Hidden states in memory that stays in place for a GPU, whose copies then run at the speed of the bus."""
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device):
+        self.shape = shape
+        self._states = torch.empty(shape)
+        if device.type == "cuda":
+            # Not torch's pinned memory, which rounds a size up to a power of two.
+            runtime, address = torch.cuda.cudart(), self._states.data_ptr()
+            if int(runtime.cudaHostRegister(address, self._states.nbytes, 0)) == 0:
+                weakref.finalize(self, runtime.cudaHostUnregister, address)
+
+    def read(self, windows: Tensor, device: torch.device | str) -> Tensor:
+        result = torch.empty(len(windows), *self.shape[1:], device=device)
+        for state, number in zip(result, windows.tolist(), strict=True):
+            state.copy_(self._states[number])
+        return result
+
+    def write(self, windows: Tensor, states: Tensor) -> None:
+        for state, number in zip(states, windows.tolist(), strict=True):
+            self._states[number].copy_(state)
 
 
 class StatesOnDisk:
@@ -42,17 +67,14 @@ class StatesOnDisk:
                 error.errno, f"{shape[0] * self._bytes / 1e9:.1f} GB for hidden states: {error.strerror}", str(folder)
             ) from error
 
-    def __getitem__(self, windows: Tensor | int) -> Tensor:
-        numbers = _numbers(windows)
-        states = torch.empty(len(numbers), *self.shape[1:])
-        for number, state in zip(numbers, states, strict=True):
+    def read(self, windows: Tensor, device: torch.device | str) -> Tensor:
+        states = torch.empty(len(windows), *self.shape[1:])
+        for number, state in zip(windows.tolist(), states, strict=True):
             self._transfer(os.preadv, number, state)
-        return states[0] if isinstance(windows, int) else states
+        return states.to(device)
 
-    def __setitem__(self, windows: Tensor | int, states: Tensor) -> None:
-        numbers = _numbers(windows)
-        states = states.to("cpu", torch.float32).reshape(len(numbers), *self.shape[1:]).contiguous()
-        for number, state in zip(numbers, states, strict=True):
+    def write(self, windows: Tensor, states: Tensor) -> None:
+        for number, state in zip(windows.tolist(), states.to("cpu", torch.float32).contiguous(), strict=True):
             self._transfer(os.pwritev, number, state)
 
     def _transfer(self, call, number: int, state: Tensor) -> None:
@@ -66,11 +88,6 @@ class StatesOnDisk:
             done += moved
 
 
-def hidden_states(windows: int, seq_len: int, width: int, folder: Path | None) -> HiddenStates:
-    """Room for hidden states: in a file in `folder`, or in memory without one."""
-    shape = (windows, seq_len, width)
-    return torch.empty(shape) if folder is None else StatesOnDisk(folder, shape)
-
-
-def _numbers(windows: Tensor | int) -> list[int]:
-    return [windows] if isinstance(windows, int) else windows.tolist()
+def hidden_states(shape: tuple[int, int, int], device: torch.device, folder: Path | None) -> HiddenStates:
+    """Room for hidden states that a device works on: in a file in `folder`, or in memory without one."""
+    return StatesInMemory(shape, device) if folder is None else StatesOnDisk(folder, shape)

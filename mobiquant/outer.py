@@ -68,17 +68,16 @@ def measure_outer(
     """
     ids = torch.from_numpy(windows[:_WINDOWS])
     count, seq_len = ids.shape
-    streams = hidden_states((len(_DEPTHS) + 1) * count, seq_len, source.config.hidden_size, folder)
-    streams[torch.arange(count)] = source.embed(ids)
+    streams = hidden_states(((len(_DEPTHS) + 1) * count, seq_len, source.config.hidden_size), device, folder)
+    streams.write(torch.arange(count), source.embed(ids))
     for depth in _DEPTHS:
-        streams[depth * count + torch.arange(count)] = SliceEmbedding(embedding, depth, source.config.embedding_scale)(
-            ids
-        )
+        table = SliceEmbedding(embedding, depth, source.config.embedding_scale)
+        streams.write(depth * count + torch.arange(count), table(ids))
     positions = position_embeddings(source, seq_len, device)
     for index in tqdm(range(source.block_count), desc="embedding and head", unit="block"):
-        block = source.block(index).to(device)
+        block = source.block(index, device)
         for part in torch.arange(streams.shape[0]).split(batch):
-            streams[part] = block(streams[part].to(device), position_embeddings=positions).cpu()
+            streams.write(part, block(streams.read(part, device), position_embeddings=positions))
         del block
     norm, full = source.final_norm().to(device), source.head().to(device)
     sums = np.stack(
@@ -96,10 +95,10 @@ def _compare(
     add to the negative log likelihood of the first stream with the head `full`, and their divergence from it."""
     sums = np.zeros((len(_DEPTHS), 2))
     for window, targets in enumerate(ids):
-        states = streams[torch.arange(window, streams.shape[0], len(ids))]
+        states = streams.read(torch.arange(window, streams.shape[0], len(ids)), head.device)
         for start in range(0, len(targets) - 1, _LOGIT_TOKENS):
             following = targets[start + 1 : start + 1 + _LOGIT_TOKENS, None].to(head.device)
-            exact, *others = (norm(stream[start : start + len(following)].to(head.device)) for stream in states)
+            exact, *others = (norm(stream[start : start + len(following)]) for stream in states)
             expected = source.capped(exact @ full.T).log_softmax(-1)
             for place, x in enumerate(others):
                 found = source.capped(quantize_activations(x).dequantized() @ head.T).log_softmax(-1)

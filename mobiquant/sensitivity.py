@@ -58,7 +58,7 @@ def measure_sensitivity(
     # Every pass over the model reads all of it, so as many windows as their hidden states allow take part.
     together = max(batch, _PASS_TOKENS // seq_len)
     passes = -(-count // together)
-    hidden = hidden_states((blocks + 1) * min(together, count), seq_len, source.config.hidden_size, folder)
+    hidden = hidden_states(((blocks + 1) * min(together, count), seq_len, source.config.hidden_size), device, folder)
     tokens = torch.zeros(blocks, len(LINEARS), count, seq_len)
     rows: list[list[Tensor]] = [[torch.zeros(0)] * len(LINEARS) for _ in range(blocks)]
     positions = position_embeddings(source, seq_len, device)
@@ -73,28 +73,28 @@ def measure_sensitivity(
             ids = torch.from_numpy(windows[start : start + together])
             batches = torch.arange(len(ids)).split(batch)
             for chosen in batches:
-                hidden[chosen] = source.embed(ids[chosen])
+                hidden.write(chosen, source.embed(ids[chosen]))
             for index in range(blocks):
                 before, after = index * len(ids), (index + 1) * len(ids)
                 with torch.no_grad():
-                    block = source.block(index).to(device)
+                    block = source.block(index, device)
                     for chosen in batches:
-                        output = block(hidden[before + chosen].to(device), position_embeddings=positions)
-                        hidden[after + chosen] = output.cpu()
+                        output = block(hidden.read(before + chosen, device), position_embeddings=positions)
+                        hidden.write(after + chosen, output)
                 del block
                 bar.update()
             # From here on a gradient by a block's output takes the place of the output.
-            for chosen in blocks * len(ids) + torch.arange(len(ids)):
-                gradient = _loss_gradient(hidden[int(chosen)].to(device), predict, generator)
-                hidden[int(chosen)] = gradient.cpu()
+            for chosen in (blocks * len(ids) + torch.arange(len(ids))).split(1):
+                (output,) = hidden.read(chosen, device)
+                hidden.write(chosen, _loss_gradient(output, predict, generator)[None])
             for index in reversed(range(blocks)):
                 before, after = index * len(ids), (index + 1) * len(ids)
-                block = source.block(index).to(device)
+                block = source.block(index, device)
                 for chosen in batches:
                     gradient, squares = _block_gradients(
-                        block, hidden[before + chosen].to(device), hidden[after + chosen].to(device), positions
+                        block, hidden.read(before + chosen, device), hidden.read(after + chosen, device), positions
                     )
-                    hidden[before + chosen] = gradient.cpu()
+                    hidden.write(before + chosen, gradient)
                     for place, square in enumerate(squares):
                         tokens[index, place, start + chosen] = square.mean(-1).cpu()
                         total = square.sum((0, 1)).cpu()

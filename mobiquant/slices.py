@@ -34,6 +34,9 @@ class SlicedWeight:
     scales: Tensor
     offsets: Tensor
 
+    def to(self, device: torch.device | str) -> SlicedWeight:
+        return SlicedWeight(self.codes.to(device), self.scales.to(device), self.offsets.to(device))
+
 
 def split_groups(weight: Tensor) -> Tensor:
     """[rows, columns] -> [rows, groups, 128]. A short last group repeats its last column, so its range stays."""

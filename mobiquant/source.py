@@ -5,12 +5,14 @@ Memory holds one block, never the whole model. Everything is handed out in float
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -32,6 +34,7 @@ class Source:
         self.original = transformers_config(content, path / CONFIG_FILE)
         self._weights = WeightFiles(path)
         self._weights.check(self._shapes())
+        self._adjust: Callable[[int, DecoderBlock], None] | None = None
 
     @property
     def block_count(self) -> int:
@@ -41,9 +44,9 @@ class Source:
     def context_length(self) -> int:
         return self.config.max_position_embeddings
 
-    def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
+    def tensor(self, name: str, rows: slice = slice(None), device: torch.device | str = "cpu") -> Tensor:
         """One tensor, or some of its rows, in float32. Raises WeightError when it cannot be read."""
-        return self._weights.tensor(name, rows)
+        return self._weights.tensor(name, rows, device)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A matrix in float32, some thousand rows at a time."""
@@ -57,17 +60,26 @@ class Source:
         """What the first block reads: int64 [...] -> float32 [..., width]."""
         return self.rows(f"{EMBEDDING}.weight", ids) * self.config.embedding_scale
 
-    def block(self, index: int) -> DecoderBlock:
-        """Block `index` in full precision, ready to run, its parameters frozen."""
+    def block(self, index: int, device: torch.device | str = "cpu") -> DecoderBlock:
+        """Block `index` in full precision on the device, ready to run, its parameters frozen."""
         block = empty_block(self.config, index)
         tensors = {}
         for name in block.state_dict():
             stored, rows = self.config.source_rows(name)
-            tensors[name] = self.tensor(f"model.layers.{index}.{stored}", rows)
+            tensors[name] = self.tensor(f"model.layers.{index}.{stored}", rows, device)
             if name.endswith("norm.weight"):
                 tensors[name] += self.config.norm_offset
         block.load_state_dict(tensors, assign=True)
-        return block.requires_grad_(False).eval()
+        block.requires_grad_(False).eval()
+        if self._adjust:
+            self._adjust(index, block)
+        return block
+
+    def adjusted(self, adjust: Callable[[int, DecoderBlock], None]) -> Source:
+        """The same model, its blocks changed in place by adjust(index, block) whenever one is read."""
+        result = copy.copy(self)
+        result._adjust = adjust
+        return result
 
     def embedding(self) -> Tensor:
         """float32 [vocab, width]."""

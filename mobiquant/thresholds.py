@@ -64,6 +64,7 @@ def budget_cuts(
     precision: Precision,
     sizes: Sequence[int],
     batch: int,
+    device: torch.device,
     folder: Path | None = None,
 ) -> np.ndarray:
     """The cut for every entry of `precision.budgets`, float32, descending.
@@ -73,18 +74,18 @@ def budget_cuts(
     block's linears, in the order of LINEARS; folder: where hidden states between blocks lie, in memory without one.
     """
     count = len(hidden)
-    streams = hidden_states(_CANDIDATES * count, *hidden.shape[1:], folder)
+    streams = hidden_states((_CANDIDATES * count, *hidden.shape[1:]), device, folder)
     batches = torch.arange(count).split(batch)
     scores: list[Tensor] = []
     bits = np.zeros(_CANDIDATES)
     with tqdm(total=2 * len(blocks), desc="thresholds", unit="block") as bar:
         precision.depth = _FIRST_DEPTH
-        streams[torch.arange(count)] = hidden
+        streams.write(torch.arange(count), hidden)
         for load in blocks:
             block = load()
             with RouterScores(block) as recorded, precision.keeping():
                 for windows in batches:
-                    streams[windows] = run(block, streams[windows])
+                    streams.write(windows, run(block, streams.read(windows, device)))
             scores += recorded.per_linear()
             del block
             bar.update()
@@ -94,7 +95,7 @@ def budget_cuts(
         precision.depth, precision.average_bits = None, sum(precision.budgets[:2]) / 2
         precision.recorded.clear()
         for place in range(_CANDIDATES):
-            streams[place * count + torch.arange(count)] = hidden
+            streams.write(place * count + torch.arange(count), hidden)
         del hidden
         for load in blocks:
             block = load()
@@ -104,7 +105,8 @@ def budget_cuts(
                     for router in routers:
                         router.threshold.fill_(float(cut))
                     for windows in batches:
-                        streams[place * count + windows] = run(block, streams[place * count + windows])
+                        own = place * count + windows
+                        streams.write(own, run(block, streams.read(own, device)))
                         bits[place] += len(windows) / (count * len(blocks)) * _bits_read(precision, sizes)
             del block, routers
             bar.update()

@@ -1,17 +1,15 @@
 """`Model`: one opened file with its cache, evaluated at any average precision; the door of the runtime.
 
-Owns the policy over the C library: budgets, reuse of the cache between prompts, pieces of a long prompt. What is made
-of its tokens is in other files: text in runtime.generation, results in runtime.completion, the choice of a token in
-runtime.sampling.
+Owns opening, forking and closing, precision, and the loop of a generation. The cache and its tokens are in
+runtime.sequence; what is made of new tokens is in other files: text in runtime.generation, results in
+runtime.completion, the choice of a token in runtime.sampling.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -27,22 +25,10 @@ from runtime.completion import create_chat_completion, create_completion
 from runtime.cpu import physical_cores
 from runtime.errors import MobiQuantError
 from runtime.generation import LogitsProcessor
-from runtime.native import CACHE_TYPES, ModelInfo, NativeModel, NativeSession, Stats, device_for
+from runtime.native import CACHE_TYPES, ModelInfo, NativeModel, Stats, device_for
 from runtime.sampling import Sampler, SamplingSettings
-from runtime.state import SavedSession
-from runtime.tokens import Tokenizer
-
-
-@dataclass(frozen=True)
-class _SessionOptions:
-    """What a session is opened with, see Model."""
-
-    n_ctx: int
-    n_threads: int
-    n_batch: int
-    kernel: str | None
-    cache_type_k: str
-    cache_type_v: str
+from runtime.sequence import CachedSequence, SessionOptions
+from runtime.tokens import Tokenizer, shared_tokenizer
 
 
 class Model:
@@ -92,7 +78,7 @@ class Model:
         budget = Budget.requested(bits, avg_bits)
         self.path = Path(path)
         self.seed = seed
-        options = _SessionOptions(
+        options = SessionOptions(
             n_ctx,
             physical_cores() if n_threads is None else n_threads,
             n_batch,
@@ -131,29 +117,16 @@ class Model:
 
         return cls(download(repo_id, filename, revision=revision, cache_dir=cache_dir), **options)
 
-    def _open_session(self, native: NativeModel, options: _SessionOptions) -> None:
+    def _open_session(self, native: NativeModel, options: SessionOptions) -> None:
         self._native = native.retain()
         self._options = options
         try:
             self.info: ModelInfo = native.info()
-            self._session = NativeSession(
-                native,
-                n_ctx=options.n_ctx,
-                n_threads=options.n_threads,
-                n_batch=options.n_batch,
-                kernel=options.kernel,
-                cache_type_k=options.cache_type_k,
-                cache_type_v=options.cache_type_v,
-            )
+            self._sequence = CachedSequence(native, options)
         except BaseException:
             native.release()
             raise
         self._closed = False
-        self._in_use = threading.RLock()  # of one thread at a time; never waited for
-        self._changes = 0  # of the cache, so that a generation notices those of others
-        # Tokens in the cache, each with the budget it was computed at.
-        self._history: list[tuple[int, Budget]] = []
-        self._logits: np.ndarray | None = None
 
     def fork(self, *, n_threads: int | None = None, empty: bool = False) -> Model:
         """Another session of the same opened file, to be used by another thread and closed by itself.
@@ -168,10 +141,7 @@ class Model:
         try:
             other.tokenizer, other.budget, other.output_bits = self.tokenizer, self.budget, self.output_bits
             if not empty:
-                with self._alone():
-                    other._session.set_state(self._session.state())
-                    other._history = list(self._history)
-                    other._logits = self._logits
+                other._sequence.copy(self._sequence)
         except BaseException:
             other.close()
             raise
@@ -181,12 +151,12 @@ class Model:
         """Free the cache; the file is released with the last of its forks. Closing twice is allowed.
 
         Raises MobiQuantError when another thread is using it."""
-        with self._alone():
+        with self._sequence.alone():
             if not self._closed:
                 self._closed = True
                 if "chat" in self.__dict__:
                     self.chat.close()
-                self._session.close()
+                self._sequence.session.close()
                 self._native.release()
 
     def __enter__(self) -> Model:
@@ -205,7 +175,7 @@ class Model:
             raise ValueError(f"{self.path}: key {KEY_TOKENIZER}: expected the tokenizer, found nothing")
         bos, add_bos = self._native.integers(KEY_BOS_TOKEN), self._native.integers(KEY_ADD_BOS)
         try:
-            return Tokenizer(
+            return shared_tokenizer(
                 json,
                 bos=bos[0] if bos else None,
                 add_bos=bool(add_bos[0]) if add_bos else bool(bos),
@@ -232,7 +202,7 @@ class Model:
     @property
     def kernel(self) -> str:
         """Name of the kernels in use."""
-        return self._session.kernel
+        return self._sequence.session.kernel
 
     @property
     def device(self) -> str:
@@ -247,22 +217,22 @@ class Model:
     @property
     def n_ctx(self) -> int:
         """Tokens the cache can hold."""
-        return self._session.context
+        return self._sequence.session.context
 
     @property
     def position(self) -> int:
         """Tokens in the cache."""
-        return self._session.position
+        return self._sequence.position
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values that the cache has room for."""
-        return self._session.cache_bytes
+        return self._sequence.session.cache_bytes
 
     @property
     def stats(self) -> Stats:
         """Sums since the model was opened; subtract two to measure what lies between."""
-        return self._session.stats
+        return self._sequence.session.stats
 
     @property
     def bits(self) -> int | float | str:
@@ -271,7 +241,7 @@ class Model:
 
         Set it at any time, also during a generation: `model.bits = 4` or `model.bits = 3.5`. Raises ValueError.
         """
-        return self._budget.value
+        return self._sequence.budget.value
 
     @bits.setter
     def bits(self, value: int | float | str) -> None:
@@ -280,16 +250,14 @@ class Model:
     @property
     def budget(self) -> Budget:
         """The same as `bits`, spelled out."""
-        return self._budget
+        return self._sequence.budget
 
     @budget.setter
     def budget(self, budget: Budget) -> None:
         most = DEPTH_BITS[self.info.max_depth - 1]
         if budget.bits > most:
             raise ValueError(f"bits: expected at most {most}, what {self.path} holds, found {budget.bits:g}")
-        with self._alone():
-            budget.apply(self._session)
-            self._budget = budget
+        self._sequence.set_budget(budget)
 
     @property
     def output_bits(self) -> int:
@@ -299,7 +267,7 @@ class Model:
     @output_bits.setter
     def output_bits(self, bits: int | None) -> None:
         depth = self.info.output_depth if bits is None else depth_of(bits, "output_bits")
-        self._session.set_output_depth(depth)
+        self._sequence.session.set_output_depth(depth)
         self._output_depth = depth
 
     def tokenize(self, text: str | bytes, add_bos: bool = True, special: bool = False) -> list[int]:
@@ -312,23 +280,14 @@ class Model:
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._rewind(0)
+        self._sequence.rewind(0)
 
     def reuse(self, tokens: Sequence[int], *, any_budget: bool = False) -> int:
         """Keep of the cache what begins `tokens` and was computed at the present budget, or `any_budget`.
 
         Forgets the rest. Returns how many tokens are kept: never the last, which is computed again for its logits.
         """
-        with self._alone():
-            count = 0
-            for token, (cached, budget) in zip(tokens[:-1], self._history, strict=False):
-                if token != cached or not (any_budget or budget == self._budget):
-                    break
-                count += 1
-            if count < min(self._session.rewind_floor, self.position):  # a sliding window has left what comes before
-                count = 0
-            self._rewind(count)
-            return count
+        return self._sequence.reuse(tokens, any_budget)
 
     def eval(self, tokens: Sequence[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Evaluate tokens after those in the cache.
@@ -345,41 +304,17 @@ class Model:
             raise MobiQuantError(
                 f"context: expected at most {self.n_ctx} tokens{used}, found {len(ids)} to add", "MQ_ERR_CONTEXT_FULL"
             )
-        logits = np.empty((len(ids) if all_logits else 1, self.info.vocab_size), np.float32)
-        with self._alone():
-            for start, piece in self._pieces(ids):
-                end = start + len(piece)
-                self._eval_piece(piece, logits[start:end] if all_logits else logits[: int(end == len(ids))])
-            self._logits = logits[-1]
-        return logits if all_logits else logits[-1]
-
-    def _pieces(self, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        for start in range(0, len(ids), self._options.n_batch):
-            yield start, ids[start : start + self._options.n_batch]
-
-    def _eval_piece(self, piece: np.ndarray, output: np.ndarray, *, hidden: bool = False) -> None:
-        self._changes += 1
-        self._history += ((token, self._budget) for token in piece.tolist())
-        try:
-            (self._session.eval_hidden if hidden else self._session.eval)(piece, output)
-        finally:  # an error, or Ctrl-C
-            del self._history[self.position :]
-
-    @property
-    def _no_logits(self) -> np.ndarray:
-        return np.empty((0, self.info.vocab_size), np.float32)
+        return self._sequence.eval(ids, all_logits)
 
     @property
     def logits(self) -> np.ndarray:
         """float32 [vocab_size] of the last token evaluated. Raises ValueError before the first."""
-        if self._logits is None:
-            raise ValueError("logits: expected an evaluation before, found none")
-        return self._logits
+        return self._sequence.logits
 
     def depths(self, first: int, n: int) -> np.ndarray:
         """Slices that tokens first..first+n-1 of the cache read: uint8 [n, blocks, 7], linears in the order q, k, v,
         output, gate, up, down."""
-        return self._session.depths(first, n)
+        return self._sequence.session.depths(first, n)
 
     def average_bits(self, depths: np.ndarray) -> np.ndarray:
         """Average bits per weight that tokens read, float64 [n], from their depths [n, blocks, 7]."""
@@ -405,18 +340,13 @@ class Model:
         ids = np.array(self.tokenize(text) if isinstance(text, str | bytes) else text, np.int32)
         if not len(ids):
             raise ValueError("embed: expected at least one token, found none")
-        hidden = np.empty((len(ids), self.info.embedding_length), np.float32)
-        with self._alone():
-            self.reset()
-            for start, piece in self._pieces(ids):
-                self._eval_piece(piece, hidden[start : start + len(piece)], hidden=True)
+        hidden = self._sequence.hidden(ids, self.info.embedding_length)
         vectors = hidden if pooling == "none" else hidden[-1] if pooling == "last" else hidden.mean(axis=0)
         return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True) if normalize else vectors
 
     def save_state(self) -> bytes:
         """The cache with its tokens, for `load_state` of a model opened from the same file."""
-        with self._alone():
-            return SavedSession(self._history, self._session.state()).pack()
+        return self._sequence.save()
 
     def load_state(self, state: bytes | bytearray | memoryview) -> None:
         """Continue where `save_state` was called. Everything is checked before the cache changes.
@@ -424,16 +354,7 @@ class Model:
         Raises ValueError for bytes that are no saved session, MobiQuantError when the cache in them is damaged, belongs
         to another file or does not fit in the context.
         """
-        saved = SavedSession.unpack(state)
-        with self._alone():
-            self._session.set_state(saved.cache)
-            self._changes += 1
-            self._history, self._logits = list(saved.history), None
-            if self.position == len(saved.history):
-                return
-            found = f"{self.position} in the cache and {len(saved.history)} in its header"
-            self.reset()
-            raise ValueError(f"saved session: expected one number of tokens, found {found}")
+        self._sequence.load(state)
 
     def generate(
         self,
@@ -458,20 +379,21 @@ class Model:
                 f"prompt: expected at most {self.n_ctx} tokens, the context, found {len(sequence)}",
                 "MQ_ERR_CONTEXT_FULL",
             )
-        with self._alone():
-            pending = sequence[self.reuse(sequence, any_budget=keep_cache) :]
-            changes = self._changes
+        cache = self._sequence
+        with cache.alone():
+            pending = sequence[cache.reuse(sequence, keep_cache) :]
+            changes = cache.changes
         while True:
             while len(pending) > self._options.n_batch and not (cancelled and cancelled()):
-                with self._alone(changes):
-                    self._eval_piece(np.array(pending[: self._options.n_batch], np.int32), self._no_logits)
-                    changes = self._changes
+                with cache.alone(changes):
+                    cache.eval_silently(np.array(pending[: self._options.n_batch], np.int32))
+                    changes = cache.changes
                 pending = pending[self._options.n_batch :]
             if cancelled and cancelled():
                 return
-            with self._alone(changes):
+            with cache.alone(changes):
                 logits = self.eval(pending)
-                changes = self._changes
+                changes = cache.changes
             for process in logits_processors:
                 logits = process(np.array(sequence, np.int64), logits)
             token = sampler.sample(logits, sequence)
@@ -483,26 +405,3 @@ class Model:
 
     create_completion = __call__ = create_completion
     create_chat_completion = create_chat_completion
-
-    @contextmanager
-    def _alone(self, changes: int | None = None) -> Iterator[None]:
-        """No other thread inside. changes: what the cache's count of them must still be.
-
-        The C library refuses two evaluations at once, but what is remembered of the cache must change with it."""
-        if not self._in_use.acquire(blocking=False):
-            raise MobiQuantError("model: in use by another thread; fork() gives each thread its own", "MQ_ERR_BUSY")
-        try:
-            if changes is not None and changes != self._changes:
-                raise MobiQuantError(
-                    "generation: something else changed the cache since its last token; fork() gives each its own",
-                    "MQ_ERR_BUSY",
-                )
-            yield
-        finally:
-            self._in_use.release()
-
-    def _rewind(self, position: int) -> None:
-        with self._alone():
-            self._session.rewind(position)
-            self._changes += 1
-            del self._history[position:]

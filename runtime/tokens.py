@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import threading
+import weakref
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -95,6 +97,19 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """Text of token ids; special tokens appear only when `special`. Incomplete UTF-8 becomes U+FFFD."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=not special)
+
+
+_open: weakref.WeakValueDictionary[tuple[object, ...], Tokenizer] = weakref.WeakValueDictionary()
+
+
+def shared_tokenizer(json: str, *, bos: int | None, add_bos: bool, eos: Sequence[int]) -> Tokenizer:
+    """As Tokenizer, or the one that another model has open with the same arguments: building one takes longer than
+    opening a file, and the tokenizers package keeps about a kilobyte of each for good."""
+    key = (hashlib.sha256(json.encode("utf-8", "surrogatepass")).digest(), bos, add_bos, tuple(eos))
+    found = _open.get(key)
+    if found is None:  # no lock, which a forked child might find taken; two at once are only one too many
+        found = _open[key] = Tokenizer(json, bos=bos, add_bos=add_bos, eos=eos)
+    return found
 
 
 def as_text(text: str | bytes) -> str:

@@ -215,7 +215,7 @@ def test_corrected_text_gives_the_same_bits_in_pieces_of_any_length_and_after_a_
         other.reset()
         assert logits_of(other, tokens[:130], 1) + logits_of(other, tokens[130:]) == expected
         for position in (300, 192, 130, 5):
-            other._rewind(position)
+            other._sequence.rewind(position)
             row = 4 * other.info.vocab_size
             assert logits_of(other, tokens[position:]) == expected[position * row :]
 
@@ -224,11 +224,11 @@ def test_another_budget_between_leaves_no_trace_in_what_came_before_it(long_path
     tokens = LONG_TEXT[:400]
     with Model(long_path, avg_bits=3.3) as model:
         expected = logits_of(model, tokens)
-        model._rewind(200)
+        model._sequence.rewind(200)
         for bits in (6.0, 4, 3.3):
             model.bits = bits
             model.eval(tokens[:30])
-        model._rewind(200)
+        model._sequence.rewind(200)
         row = 4 * model.info.vocab_size
         assert logits_of(model, tokens[200:]) == expected[200 * row :]
 

@@ -74,9 +74,11 @@ def test_interrupted_and_resumed_run_gives_the_same_bytes(
     assert contents(folder) == contents(tiny_checkpoint)
 
 
-@pytest.fixture(scope="module")
-def best_settings(tiny_settings):
-    return dataclasses.replace(tiny_settings, recipe="best", distill_steps=40, distill_batch=4)
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def best_settings(request, tiny_settings):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU that torch can use")
+    return dataclasses.replace(tiny_settings, recipe="best", distill_steps=40, distill_batch=4, device=request.param)
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def test_echo_with_logprobs_scores_the_prompt_and_the_answer(path: Path, model: 
     else:
         choice = model.create_completion(prompt, **options)["choices"][0]
         logprobs, text = choice["logprobs"], choice["text"]
-    tokens = [token for token, _ in model._history][: len(prompt) + 1]
+    tokens = [token for token, _ in model._sequence.history][: len(prompt) + 1]
     tokens += model.tokenize("".join(logprobs["tokens"][len(prompt) + 1 :]), add_bos=False)
     assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
     assert text.startswith(prompt)

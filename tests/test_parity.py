@@ -69,7 +69,7 @@ def test_windowed_blocks_give_the_reference_bits(tiny_checkpoint: Path, tmp_path
         model.budget.apply(reference)
         expected = reference.logits(tokens)
         np.testing.assert_array_equal(model.eval(tokens, all_logits=True), expected)
-        assert model._session.rewind_floor > 0  # the ring of 256 has wrapped
+        assert model._sequence.session.rewind_floor > 0  # the ring of 256 has wrapped
 
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint)  # its cache keeps the window alone
     loaded.set_avg_bits(3.0)

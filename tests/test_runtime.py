@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -274,3 +276,15 @@ def test_budget_of_keeps_int_and_float_apart() -> None:
     assert Budget.of(4) == Budget(4.0, routed=False)
     assert Budget.of(np.int64(4)) == Budget(4.0, routed=False)
     assert Budget.of(np.float32(4)) == Budget(4.0, routed=True)
+
+
+def test_models_of_one_file_share_their_tokenizer_until_the_last_is_gone(path: Path) -> None:
+    first, second = Model(path), Model(path, n_ctx=32)
+    shared = weakref.ref(first.tokenizer)
+    assert second.tokenizer is first.tokenizer
+    first.close()
+    assert second.tokenize("the same") and shared() is not None
+    second.close()
+    del first, second
+    gc.collect()
+    assert shared() is None

@@ -229,3 +229,21 @@ def test_a_file_cut_after_a_slice_runs_at_the_depths_it_still_holds(path: Path, 
 def test_reading_the_file_into_memory_gives_the_same_bits(model: NativeModel, path: Path) -> None:
     read = NativeModel(path, allow_partial=False, mmap=False)
     assert logits_at(open_session(read), 4).tobytes() == logits_at(open_session(model), 4).tobytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+def test_a_long_context_costs_memory_when_it_is_used_and_not_before(tmp_path: Path) -> None:
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+    file = tmp_path / "long.gguf"
+    export_synthetic(replace(TINY, context_length=1 << 18), file, "long")
+    model = NativeModel(file, allow_partial=False, mmap=True)
+    before = resident()
+    session = open_session(model)
+    assert session.cache_bytes == (1 << 18) * TINY.block_count * 2 * TINY.head_count_kv * TINY.head_dim * 2
+    session.eval(TOKENS, np.empty((1, session.vocab_size), np.float32))
+    tables = (1 << 18) * TINY.head_dim * 4  # cosines and sines of every position
+    assert resident() - before < tables + session.cache_bytes / 8
+    session.close()

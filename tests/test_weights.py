@@ -21,7 +21,7 @@ import mobiquant.calibrate as calibration  # noqa: E402
 from mobiquant import weights  # noqa: E402
 from mobiquant.cli import main  # noqa: E402
 from mobiquant.demo.train import Shape  # noqa: E402
-from mobiquant.hidden import StatesOnDisk  # noqa: E402
+from mobiquant.hidden import StatesInMemory, StatesOnDisk  # noqa: E402
 from mobiquant.source import Source, open_source  # noqa: E402
 
 INDEX = "model.safetensors.index.json"
@@ -200,9 +200,9 @@ def test_no_two_blocks_of_the_model_are_in_memory_at_once(
 ) -> None:
     read, alive, most = Source.block, weakref.WeakSet(), []
 
-    def block(self: Source, index: int) -> torch.nn.Module:
+    def block(self: Source, index: int, device: torch.device) -> torch.nn.Module:
         most.append(len(alive))
-        found = read(self, index)
+        found = read(self, index, device)
         alive.add(found)
         return found
 
@@ -210,8 +210,8 @@ def test_no_two_blocks_of_the_model_are_in_memory_at_once(
     monkeypatch.setattr("mobiquant.recipes.best.fits", lambda *_: False)
     source = open_source(str(tiny_model))
     calibration.calibrate(source, tmp_path / "out", tiny_text, tiny_settings, activations="disk")
-    # Twice for the sensitivity, once to calibrate, once for the depths of the embedding and the head.
-    assert most == [0] * (4 * source.block_count)
+    # Once for the balance, twice for the sensitivity, once to calibrate, once for the depths of embedding and head.
+    assert most == [0] * (5 * source.block_count)
 
 
 def test_a_random_model_of_any_size_is_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,16 +224,22 @@ def test_a_random_model_of_any_size_is_written_in_shards(tmp_path: Path, monkeyp
     assert not torch.equal(source.head(), source.embedding())
 
 
-def test_hidden_states_on_disk_are_what_was_written(tmp_path: Path) -> None:
-    states, expected = StatesOnDisk(tmp_path, (5, 3, 7)), torch.randn(5, 3, 7)
-    states[torch.arange(5)] = torch.zeros(5, 3, 7)
-    states[torch.tensor([4, 1])] = expected[[4, 1]]
-    states[0] = expected[0]
-    assert torch.equal(states[torch.tensor([0, 1, 4, 1])], expected[[0, 1, 4, 1]])
-    assert torch.equal(states[4], expected[4]) and not states[3].any()
-    with pytest.raises(IndexError, match=r"window: expected 0\.\.4, found 5"):
-        states[5]
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_hidden_states_are_what_was_written(tmp_path: Path, kind: str) -> None:
+    shape, expected = (5, 3, 7), torch.randn(5, 3, 7)
+    states = StatesOnDisk(tmp_path, shape) if kind == "disk" else StatesInMemory(shape, torch.device("cpu"))
+    states.write(torch.arange(5), torch.zeros(5, 3, 7))
+    states.write(torch.tensor([4, 1]), expected[[4, 1]])
+    states.write(torch.tensor([0]), expected[:1].double())
+    found = states.read(torch.tensor([0, 1, 4, 1]), "cpu")
+    assert torch.equal(found, expected[[0, 1, 4, 1]])
+    found.zero_()  # a copy
+    assert (
+        torch.equal(states.read(torch.tensor([4]), "cpu"), expected[4:])
+        and not states.read(torch.tensor([3]), "cpu").any()
+    )
+    with pytest.raises(IndexError):
+        states.read(torch.tensor([5]), "cpu")
 
 
 def test_a_disk_without_room_for_hidden_states_is_named(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_token_behind_the_window_is_not_seen(tmp_path: Path) -> None:
 
 def test_a_rewind_goes_back_as_far_as_the_window_is_held(model: Model, logits: np.ndarray) -> None:
     model.eval(TOKENS)
-    session = model._session
+    session = model._sequence.session
     floor = session.rewind_floor
     assert BATCH <= len(TOKENS) - floor <= 512
     with pytest.raises(MobiQuantError, match=f"expected 0, or at least {floor}: .* found {floor - 1}") as caught:
@@ -121,7 +121,7 @@ def test_state_and_fork_carry_the_window_and_one_token_can_be_taken_back(
             np.testing.assert_array_equal(each.eval(TOKENS[999:], all_logits=True), logits[999:])
     with Model(path, bits=4) as other:
         other.load_state(state)
-        assert other._session.rewind_floor == 999
+        assert other._sequence.session.rewind_floor == 999
         assert other.reuse([*TOKENS[:998], 7]) == 0
 
 

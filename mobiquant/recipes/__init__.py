@@ -76,14 +76,15 @@ class CalibratedBlock:
 class Recipe:
     """run: calibrates one block; steps: how often it calls `advance`, by whether the slices were chosen before; slices:
     chooses the slices of every block before the first `run`, or leaves that to it; routers: from a function that loads
-    calibrated blocks, their routers trained further, or None to keep them. The last two find their work again when
-    called after an interruption.
+    calibrated blocks, their routers trained further, or None to keep them. These two find their work again when
+    called after an interruption. balanced: whether all work is done on balanced channels (mobiquant.balance).
     """
 
     run: Callable[[BlockTask], CalibratedBlock]
     steps: Callable[[CalibrationSettings, bool], int]
     slices: Callable[[ModelTask], list[dict[str, SlicedWeight]] | None] = lambda _: None
     routers: Callable[[ModelTask, Callable[[int], CalibratedBlock]], list[dict[str, Router]] | None] = lambda *_: None
+    balanced: bool = False
 
 
 def recipes() -> dict[str, Recipe]:
@@ -91,6 +92,6 @@ def recipes() -> dict[str, Recipe]:
     from mobiquant.recipes import best, paper
 
     return {
-        "best": Recipe(best.calibrate_block, best.step_count, best.choose_slices, best.tune_routers),
+        "best": Recipe(best.calibrate_block, best.step_count, best.choose_slices, best.tune_routers, balanced=True),
         "paper": Recipe(paper.calibrate_block, paper.step_count),
     }

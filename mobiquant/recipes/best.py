@@ -15,13 +15,14 @@ from torch.nn import functional
 
 from mobiquant.checkpoint import LINEARS, ROUTER_POINTS
 from mobiquant.config import CalibrationSettings
+from mobiquant.hidden import HiddenStates
 from mobiquant.packing import SLICE_COUNT
 from mobiquant.recipes import BlockTask, CalibratedBlock, ModelTask
 from mobiquant.recipes.distill import distill, slice_steps
 from mobiquant.recipes.gains import fit_router, measure_gains, set_level
 from mobiquant.recipes.route import train_routers
 from mobiquant.recipes.trained_slice import SliceTraining
-from mobiquant.recipes.whole import fits, tensor_cores
+from mobiquant.recipes.whole import fits
 from mobiquant.router import Router, TrainableRouter
 from mobiquant.slices import SlicedWeight, unslice_weight
 
@@ -31,6 +32,8 @@ _BATCH_SHARE = 0.25
 # How much of a token's own gain, against its linear's mean, a score keeps: gains measured one by one spread more than
 # what a slice is worth beside all others, where large errors no longer add up.
 _TOKEN_SHARE = 0.5
+# The first slices' own error is well above bfloat16's rounding.
+_COARSE_SLICES = 2
 # Relative error below which a better slice is no gain.
 _ERROR_FLOOR = 1e-6
 
@@ -62,7 +65,7 @@ def calibrate_block(task: BlockTask) -> CalibratedBlock:
     def run(windows: Tensor, depth: int) -> None:
         for layer in layers.values():
             layer.read(depth)
-        task.block(task.inputs[windows].to(task.device), position_embeddings=task.positions)
+        task.block(task.inputs.read(windows, task.device), position_embeddings=task.positions)
 
     examples = measure_gains(task, lambda name, depth: layers[name].weight_at(depth), run)
     routers: dict[str, Router] = {}
@@ -83,12 +86,12 @@ class _FrozenLinear(nn.Module):
 
     def __init__(self, weight: Tensor, sliced: SlicedWeight):
         super().__init__()
-        self._original, self._sliced = weight.detach(), sliced
+        self._original, self._sliced = weight.detach(), sliced.to(weight.device)
         self._depth, self._weight = 0, self._original
 
     def weight_at(self, depth: int) -> Tensor:
         """float32 [rows, columns] at depth 1 to 4, the original weight at depth 0."""
-        return unslice_weight(self._sliced, depth).to(self._original.device) if depth else self._original
+        return unslice_weight(self._sliced, depth) if depth else self._original
 
     def read(self, depth: int) -> None:
         """Compute at this depth from now on."""
@@ -97,6 +100,14 @@ class _FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self._weight)
+
+
+def _kept(states: HiddenStates, windows: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """From places in `windows` to their states on the device; where that is a GPU, all of them are copied there now."""
+    if device.type == "cpu":
+        return lambda places: states.read(windows[places], device)
+    there = states.read(windows, device)
+    return lambda places: there[places.to(device)]
 
 
 def _block_steps(settings: CalibrationSettings) -> list[int]:
@@ -114,19 +125,24 @@ def _train_slices(task: BlockTask) -> dict[str, SlicedWeight]:
     batch = max(1, round(task.settings.distill_batch * _BATCH_SHARE))
     for number, count in enumerate(_block_steps(task.settings), start=1):
         training.begin(number)
+        if number == 1:  # the training holds the weights now: they need not be there twice
+            for name, linear in originals.items():
+                linear.weight = nn.Parameter(training.layers[name].weight, requires_grad=False)
         own = torch.nonzero(task.depths == number).flatten()
+        inputs, targets = (_kept(states, own, task.device) for states in (task.inputs, task.targets))
+        coarse = {"dtype": torch.bfloat16, "enabled": task.device.type == "cuda" and number <= _COARSE_SLICES}
 
-        def loss(_: int, own: Tensor = own) -> Tensor:
-            chosen = own[torch.randint(len(own), (batch,), generator=task.generator)]
-            output = task.block(task.inputs[chosen].to(task.device), position_embeddings=task.positions)
-            target = task.targets[chosen].to(task.device)
+        def loss(_: int, own=own, inputs=inputs, targets=targets, coarse=coarse) -> Tensor:  # type: ignore[no-untyped-def]
+            chosen = torch.randint(len(own), (batch,), generator=task.generator)
+            with torch.autocast(task.device.type, **coarse):
+                output = task.block(inputs(chosen), position_embeddings=task.positions)
+            target = targets(chosen)
             # Per token: a few have outputs a thousand times larger than the others.
             error = (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
             return (error.mean() + _ERROR_FLOOR).log()
 
         stage = f"slice {number}/{SLICE_COUNT}"
-        with tensor_cores():
-            training.train(training.optimizer(), range(count), loss, lambda _, stage=stage: task.advance(stage))
+        training.train(training.optimizer(), range(count), loss, lambda _, stage=stage: task.advance(stage))
     for name, linear in originals.items():
         task.block.set_submodule(name, linear)
     return {name: training.sliced(name) for name in originals}

@@ -15,7 +15,7 @@ from mobiquant.recipes import ModelTask
 from mobiquant.recipes.own_text import training_windows
 from mobiquant.recipes.progress import load_frozen, load_trained, save_progress
 from mobiquant.recipes.trained_slice import Passing, SliceTraining
-from mobiquant.recipes.whole import WholeModel, tensor_cores
+from mobiquant.recipes.whole import WholeModel
 from mobiquant.slices import SlicedWeight
 
 _FILE = "recipe-slices.safetensors"
@@ -53,7 +53,7 @@ def distill(task: ModelTask) -> list[dict[str, SlicedWeight]]:
     if first <= SLICE_COUNT:
         windows = torch.from_numpy(training_windows(task, sum(steps) * task.settings.distill_batch))
         finished = sum(steps[: first - 1]) + done
-        with tqdm(total=sum(steps), initial=finished, unit="step", smoothing=0.05) as bar, tensor_cores():
+        with tqdm(total=sum(steps), initial=finished, unit="step", smoothing=0.05) as bar:
             for number in range(first, SLICE_COUNT + 1):
                 _distill_slice(model, training, task, number, done, windows, bar)
                 done = 0

@@ -130,8 +130,8 @@ class _BlockTraining:
     def _log_error(self, windows: Tensor) -> Tensor:
         """Squared error of a token relative to its target, so that a few huge tokens do not decide; mean, logarithm."""
         task = self.task
-        target = task.targets[windows].to(task.device)
-        output = task.block(task.inputs[windows].to(task.device), position_embeddings=task.positions)
+        target = task.targets.read(windows, task.device)
+        output = task.block(task.inputs.read(windows, task.device), position_embeddings=task.positions)
         relative = (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
         return relative.mean().log()
 

@@ -42,8 +42,9 @@ def load_trained(
     path: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW, steps_taken: int
 ) -> None:
     """Put parameters and the optimizer's state back as they were saved after `steps_taken` steps."""
-    tensors = read_tensors(path)
+    tensors, fused = read_tensors(path), bool(optimizer.defaults["fused"])
     for name, parameter in trained.items():
         parameter.copy_(torch.from_numpy(tensors[f"trained.{name}"]))
         moments = {part: torch.from_numpy(tensors[f"{part}.{name}"]).to(parameter.device) for part in _MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(steps_taken)), **moments}
+        step = torch.tensor(float(steps_taken), device=parameter.device if fused else "cpu")
+        optimizer.state[parameter] = {"step": step, **moments}

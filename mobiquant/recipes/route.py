@@ -24,7 +24,7 @@ from mobiquant.recipes import CalibratedBlock, ModelTask
 from mobiquant.recipes.distill import DIVERGENCE_FLOOR
 from mobiquant.recipes.own_text import training_windows
 from mobiquant.recipes.progress import load_frozen, load_trained, save_progress
-from mobiquant.recipes.whole import WholeModel, tensor_cores
+from mobiquant.recipes.whole import WholeModel
 from mobiquant.router import Router, TrainableRouter, spending_cut, straight_through_gates
 from mobiquant.slices import SlicedWeight, unslice_weight
 
@@ -60,7 +60,7 @@ def train_routers(task: ModelTask, blocks: Sequence[CalibratedBlock]) -> list[di
     if path.is_file():
         (done,), _ = load_frozen(path)
         load_trained(path, model.trained, optimizer, done)
-    with tqdm(total=steps, initial=done, desc="routers", unit="step", smoothing=0.05) as bar, tensor_cores():
+    with tqdm(total=steps, initial=done, desc="routers", unit="step", smoothing=0.05) as bar:
         for step in range(done, steps):
             rate = _RATE * min(1.0, (step + 1) / (_WARMUP * steps)) * (1 - step / steps)
             optimizer.param_groups[0]["lr"] = rate
@@ -90,26 +90,41 @@ class _Pricing:
     scores: list[Tensor] | None = None
 
 
-class _SharedScores(nn.Module):
-    """One router, run once for the linears that read the same input."""
+class _SharedRouter(nn.Module):
+    """One router, run once for the linears that read the same input. weights: how many each of them has."""
 
-    def __init__(self, router: TrainableRouter):
+    def __init__(self, router: TrainableRouter, weights: list[int], pricing: _Pricing):
         super().__init__()
         self.router = router
+        self._bits = SLICE_BITS * torch.tensor(weights, dtype=torch.float32, device=router.head.device)
+        self._pricing = pricing
         self._input: Tensor | None = None
         self._scores: Tensor | None = None
+        self._gates: Tensor | None = None
 
     def scores(self, x: Tensor) -> Tensor:
         """float32 [n, seq_len, L, 3]."""
-        if self._input is not x:
-            with torch.autocast(x.device.type, enabled=False):
-                self._scores = self.router(x.float().flatten(0, -2)).unflatten(0, x.shape[:-1])
-            self._input = x
+        self._read(x)
         return self._scores
+
+    def gates(self, x: Tensor) -> Tensor:
+        """At the pricing's cut, float32 [n, seq_len, L, 4], the first of them 1; counts what they read."""
+        self._read(x)
+        if self._gates is None:
+            gates = straight_through_gates(self._scores, self._pricing.cut, _TEMPERATURE)
+            self._pricing.spent = self._pricing.spent + gates.sum(-1) @ self._bits
+            self._gates = functional.pad(gates, (1, 0), value=1.0)
+        return self._gates
 
     def forget(self) -> None:
         """Let go of the last pass and its graph."""
-        self._input = self._scores = None
+        self._input = self._scores = self._gates = None
+
+    def _read(self, x: Tensor) -> None:
+        if self._input is not x:
+            with torch.autocast(x.device.type, enabled=False):
+                self._scores = self.router(x.float().flatten(0, -2)).unflatten(0, x.shape[:-1])
+            self._input, self._gates = x, None
 
 
 class _PricedLinear(nn.Module):
@@ -119,14 +134,15 @@ class _PricedLinear(nn.Module):
         super().__init__()
         self.weight = weight
         self.original = True
-        dtype = torch.bfloat16 if weight.is_cuda else torch.float32
-        depths = [unslice_weight(sliced, depth).to(weight.device) for depth in range(1, SLICE_COUNT + 1)]
-        steps = [high - low for low, high in pairwise(depths)]
-        self.steps = [step.to(dtype) for step in (depths[0], *steps)]
+        sliced = sliced.to(weight.device)
+        depths = [unslice_weight(sliced, depth) for depth in range(1, SLICE_COUNT + 1)]
+        steps = [depths[0], *(high - low for low, high in pairwise(depths))]
+        # One product for all of them, [4 · rows, columns]: a step's time is that of its launches.
+        self._steps = torch.cat(steps).to(torch.bfloat16 if weight.is_cuda else torch.float32)
         self._pricing = pricing
-        self._routing: tuple[_SharedScores, int] | None = None
+        self._routing: tuple[_SharedRouter, int] | None = None
 
-    def route(self, shared: _SharedScores, head: int) -> None:
+    def route(self, shared: _SharedRouter, head: int) -> None:
         # A tuple keeps the router out of this module's children.
         self._routing = (shared, head)
 
@@ -134,18 +150,14 @@ class _PricedLinear(nn.Module):
         if self.original:
             return functional.linear(x, self.weight)
         pricing, (shared, head) = self._pricing, self._routing
-        products = (functional.linear(x, step) for step in self.steps)
-        scores = shared.scores(x)[..., head, :]
+        products = functional.linear(x, self._steps).unflatten(-1, (SLICE_COUNT, -1))
         if pricing.scores is not None:
-            pricing.scores.append(scores.flatten(0, -2).cpu())
-        if pricing.cut is None:
-            return sum(product for product, _ in zip(products, range(pricing.depth), strict=False))
-        gates = straight_through_gates(scores, pricing.cut, _TEMPERATURE)
-        pricing.spent = pricing.spent + SLICE_BITS * self.weight.numel() * gates.sum(-1)
-        y = next(products)
-        for gate, product in zip(gates.unbind(-1), products, strict=True):
-            y = y + gate[..., None].to(product.dtype) * product
-        return y
+            pricing.scores.append(shared.scores(x)[..., head, :].flatten(0, -2).cpu())
+        with torch.autocast(x.device.type, enabled=False):  # it would make float32 copies of all products
+            if pricing.cut is None:
+                return products[..., : pricing.depth, :].sum(-2)
+            gates = shared.gates(x)[..., head, :, None].to(products.dtype)
+            return (gates * products).sum(-2)
 
 
 class _RoutedModel:
@@ -155,13 +167,15 @@ class _RoutedModel:
         self._pricing = _Pricing()
         slices = {block_name(index, name): block.slices[name] for index, block in enumerate(blocks) for name in LINEARS}
         self._model = WholeModel(task, lambda name, weight: _PricedLinear(weight, slices[name], self._pricing))
-        self._shared: dict[tuple[int, str], _SharedScores] = {}
+        self._shared: dict[tuple[int, str], _SharedRouter] = {}
         for index, block in enumerate(blocks):
             for point, names in ROUTER_POINTS.items():
-                shared = _SharedScores(TrainableRouter.thaw(block.routers[point]).to(task.device))
+                layers = [self._model.layers[block_name(index, name)] for name in names]
+                router = TrainableRouter.thaw(block.routers[point]).to(task.device)
+                shared = _SharedRouter(router, [layer.weight.numel() for layer in layers], self._pricing)
                 self._shared[index, point] = shared
-                for head, name in enumerate(names):
-                    self._model.layers[block_name(index, name)].route(shared, head)
+                for head, layer in enumerate(layers):
+                    layer.route(shared, head)
         self.trained = {
             f"{index}.{point}.{name}": parameter
             for (index, point), shared in self._shared.items()

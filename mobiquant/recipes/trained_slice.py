@@ -25,7 +25,7 @@ _RATES = (6e-3, 1e-2, 1.2e-2, 1.5e-2)
 _SCALE_RATE = 5e-4
 # The base's positions are drawn back to the original weights, so that even a steady gradient moves none of them further
 # than this many cells: what lies outside its cell is missing at every depth. Residuals are held by the cell before.
-_REACH = 0.9
+_REACH = 0.7
 # Share of a slice's steps in which the rate rises; then it falls to 0.
 _WARMUP = 0.1
 
@@ -95,7 +95,9 @@ class SliceTraining:
         """For the slice that was begun; its groups are positions, then, for the base, ranges."""
         groups = [{"params": [parameter]} for parameter in self.trained().values()]
         # Gradients by positions are tiny, and smaller with every slice: epsilon must not hold them back.
-        return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0)
+        # Fused: else a step makes copies of all that it updates.
+        fused = self.position.is_cuda
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0, fused=fused)
 
     def train(
         self,

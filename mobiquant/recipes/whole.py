@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ class WholeModel:
         self.layers: dict[str, nn.Module] = {}
         self._blocks: list[nn.Module] = []
         for index in range(source.block_count):
-            block = source.block(index).to(device)
+            block = source.block(index, device)
             for name in LINEARS:
                 try:
                     layer = replace(block_name(index, name), block.get_submodule(name).weight)
@@ -81,14 +80,3 @@ def fits(source: Source, settings: CalibrationSettings, device: torch.device) ->
     if device.type == "cuda":
         return needed < torch.cuda.get_device_properties(device).total_memory
     return needed < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-@contextmanager
-def tensor_cores() -> Iterator[None]:
-    """float32 products in TF32 on a GPU, and as before afterwards."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -4,7 +4,8 @@
 
 Writes a Hugging Face folder of one Llama block (default: the shape of Llama-3-8B) with a small vocabulary, calibrates
 it with mobiquant.calibrate, and prints seconds and peak memory of every phase, and the time of a model of many such
-blocks. What a large vocabulary adds is not in it. The first step of a stage is counted with what prepares it.
+blocks. What a large vocabulary adds is not in it. The first step of a stage is counted with what prepares it. Ctrl-C
+ends it early, with a table of what was done.
 """
 
 from __future__ import annotations
@@ -100,8 +101,10 @@ def timed_calibration(clock: Clock) -> Iterator[None]:
     """mobiquant.calibrate with its phases marked on the clock."""
     recipes = {name: clock.recipe(recipe) for name, recipe in calibration.recipes().items()}
     sensitivity = clock.timed("sensitivity", calibration.measure_sensitivity)
+    balance = clock.timed("balance", calibration.measure_balance)
     with (
         patch.object(calibration, "recipes", lambda: recipes),
+        patch.object(calibration, "measure_balance", balance),
         patch.object(calibration, "measure_sensitivity", sensitivity),
         patch.object(calibration, "budget_cuts", clock.timed("thresholds", calibration.budget_cuts)),
     ):
@@ -154,12 +157,16 @@ def main() -> int:
         source, checkpoint = Path(folder, "model"), Path(folder, "checkpoint")
         text = write_model(source, shape, options.seed)
         clock = Clock(options.device)
-        with timed_calibration(clock):
-            calibration.calibrate(open_source(str(source)), checkpoint, text, settings)
-        clock.mark(_REST)
+        interrupted = False
+        try:
+            with timed_calibration(clock):
+                calibration.calibrate(open_source(str(source)), checkpoint, text, settings)
+        except KeyboardInterrupt:
+            interrupted = True
+        clock.mark("what was interrupted" if interrupted else _REST)
     print(table(clock.phases, options.blocks))
     print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
-    return 0
+    return 130 if interrupted else 0
 
 
 if __name__ == "__main__":

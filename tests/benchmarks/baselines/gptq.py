@@ -68,7 +68,7 @@ def gptq_weights(source: Source, windows: np.ndarray, bits: int, device: str) ->
     weights = {}
     progress = tqdm(range(source.block_count), desc=f"GPTQ {bits}", unit="block")
     for index in progress:
-        block = source.block(index).to(device)
+        block = source.block(index, device)
         for names in ROUTER_POINTS.values():
             moment = _input_moment(block, names[0], hidden, positions)
             for name in names:
