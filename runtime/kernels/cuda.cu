@@ -44,13 +44,9 @@ static uint32_t widest_input(const mq_model *model)
     return q_width > widest ? q_width : widest;
 }
 
-// Of a block of threads, what no smaller choice exists for.
 static size_t most_shared(const mq_model *model)
 {
-    input_job input = {};
-    input.groups = groups_of(widest_input(model));
-    const size_t one = one_bytes<NARROW_WARPS>(input) + STATIC_SHARED, several = prepare_shared(input.groups, model->hparams.router_hidden);
-    return one > several ? one : several;
+    return prepare_shared(groups_of(widest_input(model)), model->hparams.router_hidden);
 }
 
 static const char *refuses(const mq_model *model)
@@ -66,40 +62,15 @@ static const char *refuses(const mq_model *model)
     return nullptr;
 }
 
-// Which linears make one token's input ready themselves: those whose input and router fit in a block's shared memory.
-static cudaError_t plan_inputs(mq_cuda_model *model)
-{
-    const mq_hparams &hp = model->host->hparams;
-    int most = 0;
-    cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
-    const size_t room = static_cast<size_t>(most) - STATIC_SHARED;
-    input_job input = {};
-    input.groups = groups_of(widest_input(model->host));
-    input.n_hidden = hp.router_hidden;
-    model->wide = one_bytes<WIDE_WARPS>(input) <= room;
-    size_t wide = one_bytes<WIDE_WARPS>(input), narrow = one_bytes<NARROW_WARPS>(input); // unrouted
-    for (uint32_t point = 0; point < MQ_ROUTERS && error == cudaSuccess; point++) {
-        input.router = model->host->blocks[0].router[point];
-        input.groups = input.router.groups;
-        const size_t wanted = model->wide ? one_bytes<WIDE_WARPS>(input) : one_bytes<NARROW_WARPS>(input);
-        model->ready_here[point] = wanted <= room;
-        if (model->ready_here[point]) {
-            wide = wanted > wide ? wanted : wide;
-            narrow = wanted > narrow ? wanted : narrow;
-        }
-    }
-    return error == cudaSuccess ? allow_one(model->wide, wide, narrow) : error;
-}
-
 static int32_t open_checked(const mq_model *model, mq_cuda_model **out, mq_cuda_message *message)
 {
     const uint32_t dim = model->hparams.head_dim;
     int32_t failed = open_model(model, out, message);
     if (failed == 0) {
-        const size_t prepared = prepare_shared(groups_of(widest_input(model)), model->hparams.router_hidden);
-        cudaError_t error = allow_shared(prepare<ALONE_WARPS>, prepared);
-        error = error == cudaSuccess ? allow_shared(prepare<TOGETHER_WARPS>, prepared) : error;
-        error = error == cudaSuccess ? plan_inputs(*out) : error;
+        cudaError_t error = allow_shared(prepare<ALONE_WARPS>, most_shared(model));
+        error = error == cudaSuccess ? allow_shared(prepare<TOGETHER_WARPS>, most_shared(model)) : error;
+        error = error == cudaSuccess ? allow_shared(matvec_one<SOME_WARPS>, sizeof(one_shared<SOME_WARPS>)) : error;
+        error = error == cudaSuccess ? allow_shared(matvec_one<MANY_WARPS>, sizeof(one_shared<MANY_WARPS>)) : error;
         for (uint32_t heads = 1; heads <= MOST_HEADS && error == cudaSuccess; heads *= 2) {
             with_heads((*out)->staged, heads, [&](auto staged, auto several) {
                 constexpr bool STAGED = decltype(staged)::value != 0;
@@ -127,9 +98,6 @@ static int32_t set_budget(mq_cuda_session *s, const float *thresholds, const uin
 {
     const size_t linears = static_cast<size_t>(s->model->host->hparams.block_count) * MQ_LINEARS;
     s->routed = thresholds != nullptr;
-    if (!s->routed) {
-        memcpy(s->table, table, linears);
-    }
     const cudaError_t error =
         s->routed ? cudaMemcpy(s->on.thresholds, thresholds, linears * MQ_GATES * sizeof(float), cudaMemcpyHostToDevice)
                   : cudaMemcpy(s->on.table, table, linears, cudaMemcpyHostToDevice);

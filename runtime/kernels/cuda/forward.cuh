@@ -5,7 +5,7 @@
 
 #include "attention.cuh"
 #include "ends.cuh"
-#include "one_token.cuh"
+#include "matvec.cuh"
 #include "matmat.cuh"
 #include "memory.cuh"
 #include "prefill_attention.cuh"
@@ -17,7 +17,6 @@
 struct pass {
     mq_cuda_session *s;
     uint32_t n, chunks, position; // tokens; chunks of positions that the kernels are started for; of more than one token, where
-    uint32_t output_depth;        // of one token: of the head that follows, 0 for none
     cudaError_t error;
 };
 
@@ -31,7 +30,6 @@ static void start(pass *p, dim3 grid, uint32_t threads, size_t shared, void (*ke
 }
 
 static const uint32_t FIRST_LINEAR[MQ_ROUTERS] = {0, 3, 4, 6};
-enum { GATED_POINT = 3 }; // the point whose input is gate and up
 
 // Norm or gate, quantisation and routing of `n` rows at x. point: MQ_ROUTERS for the output head, which is not routed.
 static void start_prepare(pass *p, uint32_t block, uint32_t point, const float *x, const float *up, uint32_t columns,
@@ -72,34 +70,32 @@ static void start_prepare(pass *p, uint32_t block, uint32_t point, const float *
     }
 }
 
-// The linears that `job` lists, of n tokens whose input another kernel has quantised, unless job.input says otherwise.
+// The linears that `job` lists, of n tokens.
 static void start_linears(pass *p, matvec_job job, uint32_t n)
 {
     mq_cuda_session *s = p->s;
     job.n = n;
-    if (job.input.x == nullptr && job.input.q == nullptr) {
-        job.input.q = s->on.activations;
-        job.input.scale = s->on.scale;
-        job.input.sum = s->on.sum;
-    }
-    job.input.groups = job.matrix[0].groups;
+    job.q = s->on.activations;
+    job.scale = s->on.scale;
+    job.sum = s->on.sum;
     job.state = s->on.state;
     uint32_t blocks = 0; // of rows
     for (uint32_t i = 0; i < job.count; i++) {
         blocks += matvec_blocks(job.matrix[i]);
     }
-    // Of one token: two blocks of threads find room in a multiprocessor; more row blocks than that are dealt out to one in each.
-    const uint32_t places = s->model->multiprocessors, each = n > 1 || blocks <= 2 * places ? 1 : (blocks + places - 1) / places;
+    const uint32_t places = s->model->multiprocessors;
+    const bool many = blocks <= places;
+    const uint32_t each = n > 1 || many ? 1 : (blocks + 2 * places - 1) / (2 * places); // row blocks of a block of threads
     for (uint32_t i = 0; i < job.count; i++) {
         job.first_block[i + 1] = job.first_block[i] + (matvec_blocks(job.matrix[i]) + each - 1) / each;
     }
     const uint32_t grid = job.first_block[job.count];
     if (n > 1) {
         start(p, dim3(grid, (n + FEW_TOKENS - 1) / FEW_TOKENS), FEW_THREADS, 0, matvec_few, job);
-    } else if (s->model->wide) {
-        start(p, dim3(grid), WIDE_WARPS * WARP, one_bytes<WIDE_WARPS>(job.input), matvec_one<WIDE_WARPS>, job);
+    } else if (many) {
+        start(p, dim3(grid), MANY_WARPS * WARP, sizeof(one_shared<MANY_WARPS>), matvec_one<MANY_WARPS>, job);
     } else {
-        start(p, dim3(grid), NARROW_WARPS * WARP, one_bytes<NARROW_WARPS>(job.input), matvec_one<NARROW_WARPS>, job);
+        start(p, dim3(grid), SOME_WARPS * WARP, sizeof(one_shared<SOME_WARPS>), matvec_one<SOME_WARPS>, job);
     }
 }
 
@@ -118,103 +114,6 @@ static void start_many(pass *p, const matvec_job &job)
     }
 }
 
-#ifndef MQ_AHEAD
-#define MQ_AHEAD (16 << 20)
-#endif
-enum { AHEAD_BYTES = MQ_AHEAD }; // of linears in a row: what memory brings while no kernel reads
-
-// The first rows of `count` linears that follow together.
-static void ask_for(coming_linears *coming, const mq_matrix *matrix, uint32_t count)
-{
-    uint64_t rows = 0;
-    for (uint32_t i = 0; i < count; i++) {
-        rows += matrix[i].rows;
-    }
-    for (uint32_t i = 0; i < count; i++) {
-        coming->matrix[coming->count] = matrix[i];
-        coming->most[coming->count] = static_cast<uint32_t>(static_cast<uint64_t>(AHEAD_BYTES) * matrix[i].rows / rows);
-        coming->count++;
-    }
-}
-
-// Of a pass of one token, what `point` of a block multiplies with; past the last block the output head.
-static coming_linears what_comes(const pass *p, uint32_t block, uint32_t point)
-{
-    const mq_cuda_session *s = p->s;
-    const mq_cuda_model *model = s->model;
-    coming_linears coming = {};
-    if (block == model->host->hparams.block_count) {
-        coming.depth = p->output_depth;
-        ask_for(&coming, &model->output, p->output_depth > 0 ? 1 : 0);
-        return coming;
-    }
-    const size_t linear = static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
-    const mq_block *weights = &model->blocks[block];
-    const mq_router &router = weights->router[point];
-    // What a router will ask for is not known, but for the first slice.
-    coming.depth = 1;
-    coming.table = s->routed ? nullptr : s->on.table + linear;
-    ask_for(&coming, &weights->linear[FIRST_LINEAR[point]], router.linears);
-    if (point == 1) { // and what comes after it: attention leaves memory idle for longer
-        ask_for(&coming, &weights->linear[FIRST_LINEAR[2]], weights->router[2].linears);
-    }
-    const uint32_t hidden = model->host->hparams.router_hidden, gates = router.linears * MQ_GATES;
-    const struct { const void *at; size_t bytes; } small[MOST_SMALL] = {
-        {point == 0 ? weights->attn_norm : point == 2 ? weights->ffn_norm : nullptr, router.columns * sizeof(float)},
-        {point == GATED_POINT ? nullptr : router.hidden, static_cast<size_t>(hidden) * router.groups * MQ_GROUP_SIZE},
-        {router.hidden_scale, hidden * sizeof(float)},
-        {router.hidden_bias, hidden * sizeof(float)},
-        {router.head, gates * (hidden + 1) * sizeof(float)},
-        {router.head_bias, gates * sizeof(float)},
-        {s->on.thresholds + linear * MQ_GATES, gates * sizeof(float)},
-    };
-    for (uint32_t i = 0; i < MOST_SMALL; i++) {
-        const uint64_t address = reinterpret_cast<uint64_t>(small[i].at), begin = address / 16 * 16;
-        if (small[i].at != nullptr && (i == 0 || s->routed)) {
-            coming.small[i] = reinterpret_cast<const void *>(begin);
-            coming.small_bytes[i] = static_cast<uint32_t>((address + small[i].bytes - begin) / 16 * 16);
-        }
-    }
-    return coming;
-}
-
-// Of one token: what the linears of a point read, all but x and its norm.
-static input_job input_of(const mq_cuda_session *s, uint32_t block, uint32_t point)
-{
-    const mq_hparams &hp = s->model->host->hparams;
-    const mq_block *weights = &s->model->blocks[block];
-    const size_t linear = static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
-    input_job input = {};
-    input.columns = weights->router[point].columns;
-    input.groups = weights->router[point].groups;
-    input.eps = hp.rms_epsilon;
-    if (point == GATED_POINT) {
-        input.q = s->on.gated;
-        input.scale = s->on.gated_scale;
-        input.sum = s->on.gated_sum;
-        input.sums = s->on.sums;
-    }
-    if (s->routed) {
-        input.router = weights->router[point];
-        input.thresholds = s->on.thresholds + linear * MQ_GATES;
-    }
-    input.n_hidden = hp.router_hidden;
-    input.max_depth = s->model->host->info.max_depth;
-    input.depths = s->on.depths + linear;
-    input.depth_stride = hp.block_count * MQ_LINEARS;
-    input.state = s->on.state;
-    return input;
-}
-
-// Where gate and up of one token leave the input of the linear after them.
-static gated_job gated_of(const mq_cuda_session *s, uint32_t block)
-{
-    const mq_router &router = s->model->blocks[block].router[GATED_POINT];
-    return {s->on.gated, s->on.gated_scale, s->on.gated_sum, s->on.arrived_groups, s->routed ? router.hidden : nullptr,
-            s->model->host->hparams.router_hidden, router.groups, s->on.sums,
-            s->model->host->hparams.activation == MQ_ACTIVATION_GELU_TANH};
-}
-
 // What the linears of one point read and write; with `add`, which takes one linear, x += y.
 struct point_io {
     const float *x, *up, *norm; // up: whose gate is x, NULL: none; norm: NULL where there is none
@@ -227,37 +126,22 @@ static void start_point(pass *p, uint32_t block, uint32_t point, const point_io 
     mq_cuda_session *s = p->s;
     const mq_block *weights = &s->model->blocks[block];
     const mq_matrix *first = &weights->linear[FIRST_LINEAR[point]];
-    const bool many = p->n > MATVEC_MOST, alone = p->n == 1 && s->model->ready_here[point];
     matvec_job job = {};
     job.count = weights->router[point].linears;
     for (uint32_t i = 0; i < job.count; i++) {
         job.matrix[i] = first[i];
         job.y[i] = io.y[i];
     }
-    const size_t linear = static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
     job.depth_stride = s->model->host->hparams.block_count * MQ_LINEARS;
-    job.depths = s->on.depths + linear;
+    job.depths = s->on.depths + static_cast<size_t>(block) * MQ_LINEARS + FIRST_LINEAR[point];
     job.add = io.add;
     job.bias = point == 1 ? weights->bias[3] : nullptr;
-    if (alone) {
-        job.input = input_of(s, block, point);
-        job.input.x = point == GATED_POINT ? nullptr : io.x;
-        job.input.norm = io.norm;
-        job.table = s->routed ? nullptr : s->on.table + linear;
+    start_prepare(p, block, point, io.x, io.up, first->columns, io.norm, nullptr, p->n);
+    if (p->n > MATVEC_MOST) {
+        start_many(p, job);
     } else {
-        start_prepare(p, block, point, io.x, io.up, first->columns, io.norm, nullptr, p->n);
-    }
-    if (p->n == 1 && point + 1 == GATED_POINT && s->model->ready_here[GATED_POINT]) {
-        job.gated = gated_of(s, block);
-    }
-    if (!many) {
-        if (p->n == 1 && s->model->pdl) {
-            job.coming = what_comes(p, point + 1 == MQ_ROUTERS ? block + 1 : block, (point + 1) % MQ_ROUTERS);
-        }
         start_linears(p, job, p->n);
-        return;
     }
-    start_many(p, job);
 }
 
 template <uint32_t VALUE>
@@ -381,8 +265,8 @@ static cudaError_t find_graph(mq_cuda_session *s, graph_kind kind, uint32_t seen
     while ((1u << size) < needed) {
         size++;
     }
-    cudaGraphExec_t &graph = s->graph[s->routed][kind][size];
-    if (graph != nullptr && (kind == GRAPH_PLAIN || s->graph_depth[s->routed][kind][size] == depth)) {
+    cudaGraphExec_t &graph = s->graph[kind][size];
+    if (graph != nullptr && (kind == GRAPH_PLAIN || s->graph_depth[kind][size] == depth)) {
         *out = graph;
         return cudaSuccess;
     }
@@ -390,7 +274,7 @@ static cudaError_t find_graph(mq_cuda_session *s, graph_kind kind, uint32_t seen
         (void)cudaGraphExecDestroy(graph);
         graph = nullptr;
     }
-    pass p = {s, 1, 1u << size < s->chunks ? 1u << size : s->chunks, 0, kind == GRAPH_PLAIN ? 0 : depth, cudaSuccess};
+    pass p = {s, 1, 1u << size < s->chunks ? 1u << size : s->chunks, 0, cudaSuccess};
     p.error = cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeThreadLocal);
     if (p.error != cudaSuccess) {
         return p.error;
@@ -410,7 +294,7 @@ static cudaError_t find_graph(mq_cuda_session *s, graph_kind kind, uint32_t seen
     if (recorded != nullptr) {
         (void)cudaGraphDestroy(recorded);
     }
-    s->graph_depth[s->routed][kind][size] = depth;
+    s->graph_depth[kind][size] = depth;
     *out = graph;
     return p.error;
 }
@@ -465,10 +349,7 @@ static void give_depths(pass *p, uint32_t position, uint32_t n, uint8_t *depths)
 {
     mq_cuda_session *s = p->s;
     const size_t row = static_cast<size_t>(s->model->host->hparams.block_count) * MQ_LINEARS;
-    for (uint32_t i = 0; i < n && !s->routed; i++) {
-        memcpy(depths + i * row, s->table, row);
-    }
-    if (p->error == cudaSuccess && s->routed) {
+    if (p->error == cudaSuccess) {
         p->error = cudaMemcpyAsync(depths, s->on.depths + position * row, n * row, cudaMemcpyDeviceToHost, s->stream);
     }
     if (p->error == cudaSuccess) {
@@ -479,7 +360,7 @@ static void give_depths(pass *p, uint32_t position, uint32_t n, uint8_t *depths)
 static int32_t forward(mq_cuda_session *s, const int32_t *tokens, uint32_t n, uint32_t position, const mq_cuda_output *output,
                        mq_cuda_message *message)
 {
-    pass p = {s, n, s->chunks, position, 0, cudaSuccess};
+    pass p = {s, n, s->chunks, position, cudaSuccess};
     p.error = put_control(s, tokens, n, position);
     if (n == 1 && p.error == cudaSuccess) {
         cudaGraphExec_t graph = nullptr;
@@ -499,7 +380,7 @@ static int32_t forward(mq_cuda_session *s, const int32_t *tokens, uint32_t n, ui
 static int32_t greedy(mq_cuda_session *s, int32_t token, uint32_t n, uint32_t position, uint32_t output_depth, int32_t *chosen,
                       uint8_t *depths, float *milliseconds, mq_cuda_message *message)
 {
-    pass p = {s, 1, s->chunks, position, 0, cudaSuccess};
+    pass p = {s, 1, s->chunks, position, cudaSuccess};
     cudaGraphExec_t graph = nullptr;
     p.error = find_graph(s, GRAPH_GREEDY, position + n, output_depth, &graph);
     p.error = p.error == cudaSuccess ? put_control(s, &token, 1, position) : p.error;

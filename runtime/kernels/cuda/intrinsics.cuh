@@ -54,14 +54,6 @@ __device__ inline void prefetch_l2(const void *address)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-// Asks for a multiple of 16 bytes to come to the second-level cache.
-__device__ inline void prefetch_block(const void *address, uint32_t bytes)
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
-#endif
-}
-
 __device__ inline int sum_warp(int value)
 {
     return __reduce_add_sync(0xffffffffu, value);

@@ -9,34 +9,11 @@
 #define MQ_CUDA_MATVEC_H
 
 #include "arithmetic.cuh"
-#include "input.cuh"
+#include "control.cuh"
 #include "kernels.h"
 #include "keys.h"
 
-enum { BLOCK_ROWS = 32, FEW_WARPS = 8, FEW_THREADS = FEW_WARPS * WARP, FEW_TOKENS = 8, MATVEC_MOST = 16, MATVEC_JOBS = 3, MOST_SMALL = 7 };
-
-// Linears of the next kernel that multiplies, whose first rows are asked for while this one ends: from then until it multiplies
-// itself memory would be idle.
-struct coming_linears {
-    mq_matrix matrix[MATVEC_JOBS];
-    uint32_t most[MATVEC_JOBS]; // bytes of a linear
-    uint32_t count, depth;
-    const uint8_t *table;       // depths, of the first linear; NULL: `depth`
-    const void *small[MOST_SMALL]; // what making its input ready takes: the norm and the router
-    uint32_t small_bytes[MOST_SMALL];
-};
-
-// Of two linears that are gate and up of one token: the input of the linear after them, made ready a group of 128 at a time by the
-// warp that ends its last rows.
-struct gated_job {
-    int8_t *q; // [groups·128]; NULL: not wanted
-    float *scale, *sum;
-    uint32_t *arrived;    // [groups] blocks of rows that are written, 0 again at the end
-    const int8_t *hidden; // of that linear's router, NULL: not routed
-    uint32_t n_hidden, groups;
-    int *sums;            // [groups][n_hidden + 1]
-    bool gelu;            // the gate's activation, else SiLU
-};
+enum { BLOCK_ROWS = 32, FEW_WARPS = 8, FEW_THREADS = FEW_WARPS * WARP, FEW_TOKENS = 8, MATVEC_MOST = 16, MATVEC_JOBS = 3 };
 
 // Up to three linears that read the same activations.
 struct matvec_job {
@@ -44,14 +21,12 @@ struct matvec_job {
     float *y[MATVEC_JOBS];               // [n][rows]
     uint32_t first_block[MATVEC_JOBS + 1];
     uint32_t count, n;
-    input_job input;                     // of several tokens, quantised: rows of q, scale and sum
-    const uint8_t *table;                // depths of an unrouted budget, of the first linear; NULL:
+    const int8_t *q;                     // [n][groups·128]
+    const float *scale, *sum;            // [n][groups]
     const uint8_t *depths;               // [positions][depth_stride], of the first linear; NULL: fixed_depth
     uint32_t depth_stride, fixed_depth;
     const float *bias;                   // [rows] joins the product, NULL: none
     bool add;                            // y += product
-    coming_linears coming;
-    gated_job gated;
     const control *state;
 };
 
@@ -62,9 +37,8 @@ __host__ __device__ inline uint32_t matvec_blocks(const mq_matrix &w)
 
 __device__ inline uint32_t depth_of_token(const matvec_job &job, uint32_t linear, uint32_t token)
 {
-    return job.table != nullptr    ? job.table[linear]
-           : job.depths == nullptr ? job.fixed_depth
-                                   : job.depths[static_cast<size_t>(job.state->position + token) * job.depth_stride + linear];
+    return job.depths == nullptr ? job.fixed_depth
+                                 : job.depths[static_cast<size_t>(job.state->position + token) * job.depth_stride + linear];
 }
 
 // Words of slices 1..D, 4 rows × 4 columns of fields each, to codes Q_D: byte c of out[j] is that of column 4·j + c.
@@ -176,6 +150,155 @@ __device__ inline void write_row(const matvec_job &job, uint32_t linear, uint32_
     }
 }
 
+// --- one token ----------------------------------------------------------------------------------------------------------
+
+// Warps of a block of threads: MANY where there are few rows, one such block a multiprocessor; SOME otherwise, two.
+enum { SOME_WARPS = 8, MANY_WARPS = 16 };
+
+// Of the base slice, the first EARLY groups of a warp are asked for before the depth is known.
+enum { EARLY = 2, MOST_UNROLL = 4 };
+
+// Groups of a warp whose loads are in flight at once, for D slices: what the registers hold.
+__host__ __device__ constexpr uint32_t unroll_of(int depth)
+{
+    return depth == 1 ? MOST_UNROLL : 2;
+}
+
+template <uint32_t WARPS>
+struct one_shared {
+    float4 term[2][MOST_UNROLL * WARPS][BLOCK_ROWS]; // of a row and group: scale · scale of x, base, product, sum of x
+    float y[BLOCK_ROWS];
+};
+
+// One group on its way to a warp.
+template <int D>
+struct group_loads {
+    uint4 plane[D][2], x[2];
+    float scale, sum;
+    uint16_t step, offset;
+};
+
+// Row blocks begin, begin + stride, ... of a linear: the loads of the next groups, of the next rows when these have no more, are in
+// flight while these are multiplied and added up.
+template <int D, uint32_t WARPS>
+__device__ inline void one_product(const matvec_job &job, uint32_t linear, uint32_t begin, uint32_t stride,
+                                   const uint4 (&early)[EARLY][2], one_shared<WARPS> &s)
+{
+    constexpr uint32_t UNROLL = unroll_of(D), GROUPS = UNROLL * WARPS;
+    const mq_matrix &w = job.matrix[linear];
+    const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, groups = w.groups, blocks = matvec_blocks(w);
+    const bool same_x = groups <= GROUPS; // one round of groups: the activations stay
+    group_loads<D> in[UNROLL];
+    const auto load_x = [&](uint32_t first) {
+#pragma unroll
+        for (uint32_t u = 0; u < UNROLL; u++) {
+            const uint32_t g = first + u * WARPS + warp;
+            if (g < groups) {
+                load_activations(job.q, g, in[u].x);
+                in[u].scale = job.scale[g];
+                in[u].sum = job.sum[g];
+            }
+        }
+    };
+    const auto load_planes = [&](uint32_t block, uint32_t first, bool but_early) {
+        const size_t offset = lane_offset(w, block);
+        const uint16_t *scales = lane_scales(w, block);
+#pragma unroll
+        for (uint32_t u = 0; u < UNROLL; u++) {
+            const uint32_t g = first + u * WARPS + warp;
+            if (g < groups) {
+#pragma unroll
+                for (int e = 0; e < D; e++) {
+                    const uint8_t *at = w.plane[e] + offset + static_cast<size_t>(g) * MQ_TILE_BYTES;
+                    if (e > 0 || u >= EARLY || !but_early) {
+                        in[u].plane[e][0] = load_stream(at);
+                        in[u].plane[e][1] = load_stream(at + MQ_TILE_BYTES / 2);
+                    }
+                }
+                in[u].step = scales[static_cast<size_t>(g) * 2 * MQ_TILE_ROWS];
+                in[u].offset = scales[static_cast<size_t>(g) * 2 * MQ_TILE_ROWS + MQ_TILE_ROWS];
+            }
+        }
+    };
+#pragma unroll
+    for (uint32_t u = 0; u < EARLY; u++) {
+        in[u].plane[0][0] = early[u][0];
+        in[u].plane[0][1] = early[u][1];
+    }
+    load_x(0);
+    load_planes(begin, 0, true);
+    for (uint32_t block = begin, first = 0, turn = 0; block < blocks; turn++) {
+#pragma unroll
+        for (uint32_t u = 0; u < UNROLL; u++) {
+            const uint32_t g = first + u * WARPS + warp;
+            if (g < groups) {
+                int low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
+                group_product<D>(in[u].plane, in[u].x, low, high);
+                const uint32_t own = lane % 4; // all four lanes of a quarter have its rows: each keeps one
+                const int dot = own == 0 ? low[0] : own == 1 ? low[2] : own == 2 ? high[0] : high[2];
+                const float step = f16_to_f32(in[u].step) * depth_factor(D);
+                s.term[turn % 2][g - first][lane] = make_float4(
+                    step * in[u].scale, fmaf(step, 0.5f, -f16_to_f32(in[u].offset)), static_cast<float>(dot), in[u].sum);
+            }
+        }
+        const bool rows_end = first + GROUPS >= groups;
+        const uint32_t next_block = rows_end ? block + stride : block, next_first = rows_end ? 0 : first + GROUPS;
+        if (next_block < blocks) {
+            load_planes(next_block, next_first, false);
+            if (!same_x) {
+                load_x(next_first);
+            }
+        }
+        __syncthreads();
+        if (warp == turn % WARPS) { // the others go on: the terms of the turn after next wait for the next barrier
+            float y = first == 0 ? 0.0f : s.y[lane];
+            const uint32_t count = rows_end ? groups - first : GROUPS;
+#pragma unroll 8
+            for (uint32_t i = 0; i < count; i++) {
+                const float4 term = s.term[turn % 2][i][lane];
+                y = fmaf(term.x, term.z, y);
+                y = fmaf(term.y, term.w, y);
+            }
+            if (rows_end) {
+                write_row(job, linear, 0, block * BLOCK_ROWS + lane, y);
+            } else {
+                s.y[lane] = y;
+            }
+        }
+        block = next_block;
+        first = next_first;
+    }
+}
+
+// job.first_block counts blocks of threads, among which the row blocks of a linear are dealt out.
+template <uint32_t WARPS>
+static __global__ void __launch_bounds__(WARPS * WARP, WARPS == SOME_WARPS ? 2 : 1) matvec_one(const __grid_constant__ matvec_job job)
+{
+    one_shared<WARPS> &shared = *dynamic_shared<one_shared<WARPS>>();
+    const uint32_t linear = linear_of_block(job, blockIdx.x), begin = blockIdx.x - job.first_block[linear];
+    const uint32_t stride = job.first_block[linear + 1] - job.first_block[linear];
+    const mq_matrix &w = job.matrix[linear];
+    const size_t offset = lane_offset(w, begin);
+    uint4 early[EARLY][2];
+    pdl_launch();
+#pragma unroll
+    for (uint32_t u = 0; u < EARLY; u++) {
+        const uint32_t g = u * WARPS + threadIdx.x / WARP;
+        if (g < w.groups) {
+            const uint8_t *at = w.plane[0] + offset + static_cast<size_t>(g) * MQ_TILE_BYTES;
+            early[u][0] = load_stream(at);
+            early[u][1] = load_stream(at + MQ_TILE_BYTES / 2);
+        }
+    }
+    pdl_wait();
+    switch (depth_of_token(job, linear, 0)) {
+    case 1: one_product<1>(job, linear, begin, stride, early, shared); break;
+    case 2: one_product<2>(job, linear, begin, stride, early, shared); break;
+    case 3: one_product<3>(job, linear, begin, stride, early, shared); break;
+    default: one_product<4>(job, linear, begin, stride, early, shared); break;
+    }
+}
+
 // --- a few tokens -------------------------------------------------------------------------------------------------------
 
 enum { FEW_UNROLL = 2, FEW_GROUPS = FEW_UNROLL * FEW_WARPS };
@@ -227,7 +350,7 @@ static __global__ void __launch_bounds__(FEW_THREADS) matvec_few(const __grid_co
         }
     }
     const uint32_t own = lane / 4 < tokens ? lane / 4 : 0; // the token whose activations this lane brings
-    const int8_t *q = job.input.q + static_cast<size_t>(begin + own) * groups * MQ_GROUP_SIZE;
+    const int8_t *q = job.q + static_cast<size_t>(begin + own) * groups * MQ_GROUP_SIZE;
     const uint32_t mine = warp < tokens ? depth_of_token(job, linear, begin + warp) : 1;
     for (uint32_t first = 0, chunk = 0; first < groups; first += FEW_GROUPS, chunk++) {
         const uint32_t half = chunk % 2;
@@ -258,8 +381,8 @@ static __global__ void __launch_bounds__(FEW_THREADS) matvec_few(const __grid_co
             float y = chunk == 0 ? 0.0f : s.y[warp][lane];
             for (uint32_t i = 0; i < count; i++) {
                 const float step = s.scale[half][i][lane] * factor;
-                y = fmaf(step * job.input.scale[at + i], s.product[half][i][warp][lane], y);
-                y = fmaf(fmaf(step, 0.5f, -s.offset[half][i][lane]), job.input.sum[at + i], y);
+                y = fmaf(step * job.scale[at + i], s.product[half][i][warp][lane], y);
+                y = fmaf(fmaf(step, 0.5f, -s.offset[half][i][lane]), job.sum[at + i], y);
             }
             s.y[warp][lane] = y;
         }

@@ -74,7 +74,7 @@ static int32_t measure_matvec(uint32_t rows, uint32_t columns, uint32_t depth, u
     s.on.activations = reinterpret_cast<int8_t *>(x);
     s.on.scale = reinterpret_cast<float *>(x + static_cast<size_t>(groups) * MQ_GROUP_SIZE);
     s.on.sum = s.on.scale + groups;
-    pass p = {&s, 1, 0, 0, 0, error};
+    pass p = {&s, 1, 0, 0, error};
     const auto fill = [&](uint8_t *at, size_t size, uint32_t keep) {
         start(&p, dim3(1024), 256, 0, fill_random, reinterpret_cast<uint32_t *>(at), size / sizeof(uint32_t), keep, 7u);
     };
@@ -82,31 +82,22 @@ static int32_t measure_matvec(uint32_t rows, uint32_t columns, uint32_t depth, u
     fill(m.memory + copies * plane * depth, copies * scales, 0x27ff27ffu);
     fill(x, static_cast<size_t>(groups) * MQ_GROUP_SIZE, 0xffffffffu);
     fill(reinterpret_cast<uint8_t *>(s.on.scale), 2 * groups * sizeof(float), 0x3effffffu);
-    input_job input = {};
-    input.groups = groups;
-    const size_t room = properties.sharedMemPerBlockOptin;
-    model.wide = one_bytes<WIDE_WARPS>(input) + STATIC_SHARED <= room;
-    p.error = p.error == cudaSuccess ? allow_one(model.wide, one_bytes<WIDE_WARPS>(input), one_bytes<NARROW_WARPS>(input)) : p.error;
+    p.error = p.error == cudaSuccess ? allow_shared(matvec_one<SOME_WARPS>, sizeof(one_shared<SOME_WARPS>)) : p.error;
+    p.error = p.error == cudaSuccess ? allow_shared(matvec_one<MANY_WARPS>, sizeof(one_shared<MANY_WARPS>)) : p.error;
     p.error = p.error == cudaSuccess ? cudaStreamBeginCapture(m.stream, cudaStreamCaptureModeThreadLocal) : p.error;
-    const auto copy = [&](uint32_t i) {
-        mq_matrix matrix = {{}, nullptr, rows, columns, tiles, groups};
-        for (uint32_t e = 0; e < depth; e++) {
-            matrix.plane[e] = m.memory + (static_cast<size_t>(e) * copies + i) * plane; // a slice of all copies together
-        }
-        matrix.scale_offset = reinterpret_cast<uint16_t *>(m.memory + copies * plane * depth + i * scales);
-        return matrix;
-    };
     for (uint32_t i = 0; i < copies && p.error == cudaSuccess; i++) {
         matvec_job job = {};
         job.count = 1;
         job.fixed_depth = depth;
         job.y[0] = reinterpret_cast<float *>(m.memory + total - rows * sizeof(float) - (total - rows * sizeof(float)) % 256);
-        job.matrix[0] = copy(i);
-        if (model.pdl) { // as in a pass, where one linear's weights are asked for while the one before ends
-            const mq_matrix next = copy((i + 1) % copies);
-            job.coming.depth = depth;
-            ask_for(&job.coming, &next, 1);
+        job.matrix[0].rows = rows;
+        job.matrix[0].columns = columns;
+        job.matrix[0].tiles = tiles;
+        job.matrix[0].groups = groups;
+        for (uint32_t e = 0; e < depth; e++) {
+            job.matrix[0].plane[e] = m.memory + (static_cast<size_t>(e) * copies + i) * plane; // a slice of all copies together
         }
+        job.matrix[0].scale_offset = reinterpret_cast<uint16_t *>(m.memory + copies * plane * depth + i * scales);
         start_linears(&p, job, 1);
     }
     if (p.error == cudaSuccess) {

@@ -17,8 +17,6 @@ struct mq_cuda_model {
     const mq_model *host;
     uint32_t multiprocessors;
     bool staged;         // a chunk of keys and values fits in a block's shared memory
-    bool wide;           // linears of one token run in blocks of WIDE_WARPS
-    bool ready_here[MQ_ROUTERS]; // of one token: the linears of this point make their input ready themselves
     bool pdl;            // this GPU starts kernels before the one before them has ended
     uint8_t *weights;    // the file from its first tensor on
     size_t bytes;
@@ -40,9 +38,7 @@ struct session_buffers {
     float *parts;                 // [heads][chunks][part]
     uint8_t *codes;               // workspace of matmat.cuh
     int *sums;                    // [B][widest groups][n_hidden + 1]
-    int8_t *gated;                // [groups·128] of F, one token's
-    float *gated_scale, *gated_sum; // [groups] of F
-    uint32_t *arrived_tokens, *arrived_heads, *arrived_groups; // [B], [heads], [groups] of F
+    uint32_t *arrived_tokens, *arrived_heads; // [B], [heads]
     float *cosine, *sine;         // [n_ctx][rope_dim / 2]
     uint8_t *depths;              // [n_ctx][block][7]
     float *thresholds;            // [block][7][3]
@@ -61,9 +57,8 @@ struct mq_cuda_session {
     bool routed;
     cudaStream_t stream;
     cudaEvent_t begin, end;
-    cudaGraphExec_t graph[2][GRAPH_KINDS][GRAPH_SIZES];     // unrouted and routed
-    uint32_t graph_depth[2][GRAPH_KINDS][GRAPH_SIZES];      // of the output head, as recorded
-    uint8_t *table;                  // [block][7] of an unrouted budget, the host's copy
+    cudaGraphExec_t graph[GRAPH_KINDS][GRAPH_SIZES];
+    uint32_t graph_depth[GRAPH_KINDS][GRAPH_SIZES]; // of the output head, as recorded
     uint8_t *memory;
     size_t cache_bytes, workspace_bytes, codes_bytes;
     session_buffers on;
@@ -143,10 +138,6 @@ static void plan_session(const mq_cuda_session *s, arena *memory, session_buffer
     memory->take(on->sum, n, groups);
     memory->take(on->codes, s->codes_bytes);
     memory->take(on->sums, n, groups, hp.router_hidden + 1);
-    memory->take(on->gated, groups_of(hp.feed_forward_length), MQ_GROUP_SIZE);
-    memory->take(on->gated_scale, groups_of(hp.feed_forward_length));
-    memory->take(on->gated_sum, groups_of(hp.feed_forward_length));
-    memory->take(on->arrived_groups, groups_of(hp.feed_forward_length));
     memory->take(on->arrived_tokens, n);
     memory->take(on->arrived_heads, hp.head_count);
     memory->take(on->parts, hp.head_count, s->chunks, part_floats(hp.head_dim));
@@ -292,13 +283,13 @@ static void close_session(mq_cuda_session *s)
     if (s == nullptr) {
         return;
     }
-    for (size_t i = 0; i < sizeof s->graph / sizeof s->graph[0][0][0]; i++) {
-        cudaGraphExec_t graph = (&s->graph[0][0][0])[i];
-        if (graph != nullptr) {
-            (void)cudaGraphExecDestroy(graph);
+    for (size_t kind = 0; kind < GRAPH_KINDS; kind++) {
+        for (size_t size = 0; size < GRAPH_SIZES; size++) {
+            if (s->graph[kind][size] != nullptr) {
+                (void)cudaGraphExecDestroy(s->graph[kind][size]);
+            }
         }
     }
-    delete[] s->table;
     if (s->begin != nullptr) {
         (void)cudaEventDestroy(s->begin);
     }
@@ -321,11 +312,6 @@ static int32_t open_session(mq_cuda_model *model, const mq_cuda_session_options 
     mq_cuda_session *s = new (std::nothrow) mq_cuda_session();
     if (s == nullptr) {
         return fail(message, "a session", cudaErrorMemoryAllocation);
-    }
-    s->table = new (std::nothrow) uint8_t[static_cast<size_t>(hp.block_count) * MQ_LINEARS]();
-    if (s->table == nullptr) {
-        close_session(s);
-        return fail(message, "a session's table", cudaErrorMemoryAllocation);
     }
     s->model = model;
     s->n_ctx = options->n_ctx;
