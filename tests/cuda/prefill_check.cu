@@ -223,7 +223,7 @@ int main()
     const linears_case many[] = {{{48}, 256, 17, 1, 0, false},      {{200}, 700, 40, MIXED, 0, false},
                                  {{130, 50, 16}, 1400, 350, MIXED, 0, false}, {{400}, 300, 70, 3, 8, false},
                                  {{150, 300}, 200, 33, MIXED, 9, false},      {{64}, 300, 20, 4, 0, true}};
-    const mq::gemm_launch gemms[] = {mq::choose_gemm(64, false), mq::choose_gemm(128, false), mq::choose_gemm(256, false),
+    const mq::gemm_launch gemms[] = {mq::choose_gemm(64, false), mq::choose_gemm(128, false), mq::choose_gemm(1024, false),
                                      mq::launch_gemm<4, 2, 2, 1>};
     for (const mq::gemm_launch gemm : gemms) {
         for (const linears_case &c : many) {

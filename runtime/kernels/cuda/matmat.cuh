@@ -76,7 +76,8 @@ inline gemm_launch choose_gemm(uint32_t n, bool mixed)
     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (major == 9 && minor == 0) {
         const uint32_t together = mixed ? n / 2 : n; // of the depth that most have, say
-        return together <= 64 ? launch_wide<2, 2, 32, 7> : together <= 128 ? launch_wide<2, 2, 64, 6> : launch_wide<2, 4, 64, 4>;
+        // Of 512 tokens, blocks of 256 leave multiprocessors idle where a linear has few rows.
+        return together <= 64 ? launch_wide<2, 2, 32, 7> : together <= 512 ? launch_wide<2, 2, 64, 6> : launch_wide<2, 4, 64, 4>;
     }
     return (size_t)shared >= gemm_shape<4, 2, 4>::SHARED ? launch_gemm<4, 2, 4, 1> : launch_gemm<4, 2, 2, 1>;
 }

@@ -94,7 +94,7 @@ static __global__ void __launch_bounds__(WARPS * WARP, WARPS == ALONE_WARPS ? 1 
     }
     pdl_wait();
     float x[EACH][4];
-    const bool kept = job.norm != nullptr && job.columns <= NORM_PIECE; // x is then read by the norm
+    const bool kept = EACH > 1 && job.norm != nullptr && job.columns <= NORM_PIECE; // then x comes with the norm, and not twice
     if (!kept) {
 #pragma unroll
         for (uint32_t u = 0; u < EACH; u++) {
