@@ -45,7 +45,7 @@ SHAPES = {
     "odd": shape(400, 200, 333, 6, 2, 38, vocab_size=275, router_hidden=5, tied=False, block_count=3),
     "wide": shape(90, 1168, 4500, 9, 9, 130, vocab_size=1000, router_hidden=16, output_depth=2, block_count=1),
     "chunks": shape(800, 128, 256, 4, 1, 64, embedding_depth=3),
-    # Biases, as Qwen 2 has them, with a part of every head rotated; norms of heads, as Qwen 3, in blocks some of which do
+    # Biases, as Qwen 2 has them, and heads rotated in part; norms of heads, as Qwen 3, in blocks some of which do
     # not rotate, as SmolLM 3; and the activation and embedding of Gemma.
     "biased": shape(300, 160, 200, 4, 2, 40, qkv_bias=True, output_bias=True, rope_dim=24),
     "normed": shape(300, 136, 264, 6, 3, 36, qk_norm=True, qkv_bias=True, rope_pattern=(1, 0)),
