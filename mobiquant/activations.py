@@ -37,7 +37,7 @@ class Activations:
         return square_root(total / self.columns + 1e-12)
 
     def select(self, tokens: Tensor) -> Activations:
-        """The tokens where the bool mask `tokens` is set."""
+        """The tokens of numbers `tokens`, int64 [n]."""
         return Activations(self.codes[tokens], self.scales[tokens], self.columns)
 
 

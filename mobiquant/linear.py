@@ -96,15 +96,18 @@ class RoutedLinear(SliceLinear):
         activations = quantize_activations(x.reshape(-1, self.columns))
         depths = self._depths(activations)
         self._precision.recorded[self._place] = depths
-        result = torch.empty(len(depths), self.rows, device=x.device)
-        for depth in depths.unique().tolist():
-            tokens = depths == depth
-            chosen = activations.select(tokens)
-            if self._precision.exact:
-                result[tokens] = self.multiply(chosen, depth)
-            else:
-                result[tokens] = chosen.dequantized() @ self._matrix(depth).T
+        found, counts = (values.tolist() for values in depths.unique(return_counts=True))
+        if len(found) == 1:
+            result = self._product(activations, found[0])
+        else:  # gathered by depth and back: to scatter rows in a fixed order takes a GPU a sort of all that is in them
+            order = torch.argsort(depths, stable=True)
+            parts = zip(order.split(counts), found, strict=True)
+            products = [self._product(activations.select(tokens), depth) for tokens, depth in parts]
+            result = torch.cat(products)[torch.argsort(order)]
         return result.reshape(*x.shape[:-1], self.rows)
+
+    def _product(self, x: Activations, depth: int) -> Tensor:
+        return self.multiply(x, depth) if self._precision.exact else x.dequantized() @ self._matrix(depth).T
 
     def _matrix(self, depth: int) -> Tensor:
         kept, key = self._precision.kept, (self._place, depth)
@@ -120,7 +123,7 @@ class RoutedLinear(SliceLinear):
             depth = precision.depth if isinstance(precision.depth, int) else precision.depth[self._place]
             return torch.full((len(x.codes),), depth, dtype=torch.uint8, device=x.codes.device)
         router, head = self._routing
-        return router.depths(x, precision.average_bits, precision.budgets)[:, head]
+        return router.depths(x, precision.average_bits, precision.budgets, precision.exact)[:, head]
 
 
 class SliceEmbedding(nn.Module):

@@ -51,9 +51,15 @@ class Router(nn.Module):
         hidden = torch.nn.functional.pad(self.hidden.float(), (0, -self.hidden.shape[1] % GROUP_SIZE))
         self.register_buffer("_hidden_groups", hidden.unflatten(1, (-1, GROUP_SIZE)), persistent=False)
 
-    def scores(self, x: Activations) -> Tensor:
+    def scores(self, x: Activations, exact: bool = True) -> Tensor:
         """float32 [tokens, L, 3], the runtime's bits: integer sums are exact inside a group, groups and features are
-        added in ascending order."""
+        added in ascending order. exact: without it one product for all groups, much faster, and equal to rounding."""
+        if not exact:
+            values = x.dequantized()
+            rms = torch.sqrt(values.square().mean(-1, keepdim=True) + 1e-12)
+            hidden = torch.relu(values @ self.hidden.float().T * self.hidden_scale / rms + self.hidden_bias)
+            features = torch.cat((hidden, torch.log2(rms)), dim=1)
+            return torch.einsum("th,leh->tle", features, self.head) + self.head_bias
         total = torch.zeros(len(x.codes), len(self.hidden), device=x.codes.device)
         for group in range(x.codes.shape[1]):
             total = fma(x.scales[:, group, None], x.codes[:, group] @ self._hidden_groups[:, group].T, total)
@@ -65,12 +71,12 @@ class Router(nn.Module):
             scores = scores + feature[:, None, None] * weight
         return scores + self.head_bias
 
-    def depths(self, x: Activations, average_bits: float, budgets: Sequence[float]) -> Tensor:
-        """Depth of every token in every linear at `average_bits`: uint8 [tokens, L], 1..4."""
+    def depths(self, x: Activations, average_bits: float, budgets: Sequence[float], exact: bool = True) -> Tensor:
+        """Depth of every token in every linear at `average_bits`: uint8 [tokens, L], 1..4. exact: as for scores."""
         if average_bits <= budgets[0] or average_bits >= budgets[-1]:
             depth = 1 if average_bits <= budgets[0] else SLICE_COUNT
             return torch.full((len(x.codes), len(self.head)), depth, dtype=torch.uint8, device=x.codes.device)
-        gates = self.scores(x) > interpolate_threshold(self.threshold, average_bits, budgets)
+        gates = self.scores(x, exact) > interpolate_threshold(self.threshold, average_bits, budgets)
         return 1 + gates.to(torch.uint8).cumprod(-1).sum(-1, dtype=torch.uint8)
 
 

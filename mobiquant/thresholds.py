@@ -42,7 +42,8 @@ class RouterScores:
             router = self._block.get_submodule(f"router_{point}")
 
             def record(_: nn.Module, args: tuple[Tensor], point: str = point, router: Router = router) -> None:
-                self._scores[point].append(router.scores(quantize_activations(args[0].flatten(0, -2))).cpu())
+                x = quantize_activations(args[0].flatten(0, -2))
+                self._scores[point].append(router.scores(x, exact=False).cpu())
 
             self._hooks.append(self._block.get_submodule(names[0]).register_forward_pre_hook(record))
         return self
