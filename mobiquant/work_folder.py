@@ -16,6 +16,8 @@ STATE_FILE = "calibration.json"
 BALANCE_FILE = "balance.safetensors"
 SENSITIVITY_FILE = "sensitivity.safetensors"
 GAINS_FILE = "gains.safetensors"
+# Of the work files: raised when what they mean, or the order of work, changes, so that no run goes on from others.
+_WORK_VERSION = 2
 # Only a run that goes on needs these; a finished folder has none.
 _WORK_FILES = (BALANCE_FILE, SENSITIVITY_FILE, GAINS_FILE, "recipe-*.safetensors")
 
@@ -59,4 +61,5 @@ def remove_work_files(folder: Path) -> None:
 def fingerprint(source: Source, text: str, settings: CalibrationSettings) -> dict[str, object]:
     """Everything that decides the result, by the name that an error message gives it."""
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return {"model": source.fingerprint(), "text": digest, **dataclasses.asdict(settings)}
+    own = {"work version": _WORK_VERSION, "model": source.fingerprint(), "text": digest}
+    return own | dataclasses.asdict(settings)

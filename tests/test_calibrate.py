@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import mobiquant.calibrate as calibration  # noqa: E402
+from mobiquant import work_folder  # noqa: E402
 from mobiquant.checkpoint import LINEARS, CheckpointError, open_checkpoint  # noqa: E402
 from mobiquant.cli import main  # noqa: E402
 from mobiquant.data import calibration_windows  # noqa: E402
@@ -144,6 +145,10 @@ def test_other_settings_are_refused_until_restart(
         calibration.calibrate(open_source(str(tiny_model)), folder, tiny_text, other)
     with pytest.raises(CheckpointError, match="another text"):
         calibration.calibrate(open_source(str(tiny_model)), folder, tiny_text + "more", tiny_settings)
+    monkeypatch.setattr(work_folder, "_WORK_VERSION", 99)
+    with pytest.raises(CheckpointError, match="another work version: expected 99, found 2"):
+        calibration.calibrate(open_source(str(tiny_model)), folder, tiny_text, tiny_settings)
+    monkeypatch.undo()
     assert contents(folder) == contents(tiny_checkpoint)
     interrupt_at_block(monkeypatch, 0)
     with pytest.raises(KeyboardInterrupt):
