@@ -318,16 +318,8 @@ class Model:
 
     def average_bits(self, depths: np.ndarray) -> np.ndarray:
         """Average bits per weight that tokens read, float64 [n], from their depths [n, blocks, 7]."""
-        total = depths.shape[1] * self._linear_sizes.sum()
-        return 2 * (depths.sum(axis=1, dtype=np.int64) @ self._linear_sizes) / total
-
-    @cached_property
-    def _linear_sizes(self) -> np.ndarray:
-        """Weights of the seven linears of a block, int64 [7]."""
-        info = self.info
-        heads, heads_kv = info.head_count * info.head_dim, info.head_count_kv * info.head_dim
-        outside = [heads, heads_kv, heads_kv, heads, *(3 * [info.feed_forward_length])]
-        return np.array(outside, np.int64) * info.embedding_length
+        sizes = self.info.linear_sizes
+        return 2 * (depths.sum(axis=1, dtype=np.int64) @ sizes) / (depths.shape[1] * sizes.sum())
 
     def embed(self, text: str | bytes | Sequence[int], *, pooling: str = "mean", normalize: bool = True) -> np.ndarray:
         """The hidden states of `text`, or of token ids, after the final norm, in an empty cache.

@@ -56,6 +56,13 @@ class ModelInfo:
     output_bytes: int
     routed_weights: int
 
+    @property
+    def linear_sizes(self) -> np.ndarray:
+        """Weights of the seven linears of a block, int64 [7]."""
+        heads, heads_kv = self.head_count * self.head_dim, self.head_count_kv * self.head_dim
+        outside = [heads, heads_kv, heads_kv, heads, *(3 * [self.feed_forward_length])]
+        return np.array(outside, np.int64) * self.embedding_length
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -87,14 +94,14 @@ class Stats:
 
 def version() -> str:
     """Version of the C library."""
-    return _text(lib.mq_version())
+    return text_of(lib.mq_version())
 
 
 def kernels() -> list[Kernel]:
     """Kernels compiled in, best first."""
     found = []
     while (name := lib.mq_kernel_name(len(found))) != ffi.NULL:
-        found.append(Kernel(_text(name), bool(lib.mq_kernel_supported(len(found)))))
+        found.append(Kernel(text_of(name), bool(lib.mq_kernel_supported(len(found)))))
     return found
 
 
@@ -130,7 +137,7 @@ class NativeModel:
         options = ffi.new("mq_model_options *", fields)
         handle = ffi.new("mq_model **")
         error = ffi.new("mq_error *")
-        _check(lib.mq_model_open(str(path).encode(), options, handle, error), error)
+        expect_ok(lib.mq_model_open(str(path).encode(), options, handle, error), error)
         self._handle = handle[0]
         self._close = weakref.finalize(self, lib.mq_model_close, self._handle)
         self.path = path
@@ -161,7 +168,7 @@ class NativeModel:
     @property
     def device(self) -> str:
         """Where sessions run: "cpu" or "cuda"."""
-        return _text(lib.mq_model_device(self.handle))
+        return text_of(lib.mq_model_device(self.handle))
 
     @property
     def device_note(self) -> str:
@@ -181,7 +188,7 @@ class NativeModel:
     def string(self, key: str) -> str | None:
         """Value of a string key, None when absent. Raises ValueError when it is not UTF-8."""
         data, size, error = ffi.new("const char **"), ffi.new("size_t *"), ffi.new("mq_error *")
-        _check(lib.mq_model_string(self.handle, key.encode(), data, size, error), error)
+        expect_ok(lib.mq_model_string(self.handle, key.encode(), data, size, error), error)
         if data[0] == ffi.NULL:
             return None
         value = bytes(ffi.buffer(data[0], size[0]))
@@ -194,14 +201,14 @@ class NativeModel:
     def check(self, index: int) -> None:
         """One tensor by the order of their names, or the metadata at info().tensor_count. Raises MobiQuantError."""
         error = ffi.new("mq_error *")
-        _check(lib.mq_model_check(self.handle, index, error), error)
+        expect_ok(lib.mq_model_check(self.handle, index, error), error)
 
     def integers(self, key: str) -> tuple[int, ...]:
         """Values of a u32, bool or u32 array key, empty when absent."""
         count, error = ffi.new("size_t *"), ffi.new("mq_error *")
-        _check(lib.mq_model_u32(self.handle, key.encode(), ffi.NULL, 0, count, error), error)
+        expect_ok(lib.mq_model_u32(self.handle, key.encode(), ffi.NULL, 0, count, error), error)
         values = ffi.new("uint32_t[]", count[0])
-        _check(lib.mq_model_u32(self.handle, key.encode(), values, count[0], count, error), error)
+        expect_ok(lib.mq_model_u32(self.handle, key.encode(), values, count[0], count, error), error)
         return tuple(values)
 
 
@@ -240,7 +247,7 @@ class NativeSession:
         )
         handle = ffi.new("mq_session **")
         error = ffi.new("mq_error *")
-        _check(lib.mq_session_open(model.handle, options, handle, error), error)
+        expect_ok(lib.mq_session_open(model.handle, options, handle, error), error)
         self._model = model  # kept open as long as this session lives
         self._raw_handle = handle[0]
         self._block_count = model.info().block_count
@@ -260,7 +267,7 @@ class NativeSession:
     @property
     def kernel(self) -> str:
         """Name of the kernels in use."""
-        return _text(lib.mq_session_kernel(self._handle))
+        return text_of(lib.mq_session_kernel(self._handle))
 
     @property
     def vocab_size(self) -> int:
@@ -286,27 +293,27 @@ class NativeSession:
     def set_depth(self, depth: int) -> None:
         """One depth for every token."""
         error = ffi.new("mq_error *")
-        _check(lib.mq_session_set_depth(self._handle, depth, error), error)
+        expect_ok(lib.mq_session_set_depth(self._handle, depth, error), error)
 
     def set_average_bits(self, bits: float) -> None:
         """Depths from the routers, at this average bits."""
         error = ffi.new("mq_error *")
-        _check(lib.mq_session_set_average_bits(self._handle, bits, error), error)
+        expect_ok(lib.mq_session_set_average_bits(self._handle, bits, error), error)
 
     def set_static_bits(self, bits: float) -> None:
         """One depth for every linear, from the file's static order, within this average bits."""
         error = ffi.new("mq_error *")
-        _check(lib.mq_session_set_static_bits(self._handle, bits, error), error)
+        expect_ok(lib.mq_session_set_static_bits(self._handle, bits, error), error)
 
     def set_output_depth(self, depth: int) -> None:
         """Depth of the output head; 0: the file's default."""
         error = ffi.new("mq_error *")
-        _check(lib.mq_session_set_output_depth(self._handle, depth, error), error)
+        expect_ok(lib.mq_session_set_output_depth(self._handle, depth, error), error)
 
     def eval(self, tokens: np.ndarray, logits: np.ndarray) -> None:
         """Evaluate tokens, int32 [n], and fill `logits`, float32 [k, vocab_size], with those of the last k <= n."""
         error = ffi.new("mq_error *")
-        _check(
+        expect_ok(
             lib.mq_session_eval(
                 self._handle,
                 ffi.from_buffer("int32_t[]", tokens),
@@ -324,7 +331,7 @@ class NativeSession:
         chosen = np.empty(n, np.int32)
         milliseconds, error = ffi.new("float *"), ffi.new("mq_error *")
         buffer = ffi.from_buffer("int32_t[]", chosen, require_writable=True)
-        _check(lib.mq_session_greedy(self._handle, token, n, buffer, milliseconds, error), error)
+        expect_ok(lib.mq_session_greedy(self._handle, token, n, buffer, milliseconds, error), error)
         return chosen, milliseconds[0]
 
     @property
@@ -347,14 +354,14 @@ class NativeSession:
     def rewind(self, position: int) -> None:
         """Forget every position from `position` on."""
         error = ffi.new("mq_error *")
-        _check(lib.mq_session_rewind(self._handle, position, error), error)
+        expect_ok(lib.mq_session_rewind(self._handle, position, error), error)
 
     def depths(self, first: int, n: int) -> np.ndarray:
         """Depths that tokens first..first+n-1 read: uint8 [n, blocks, 7], q, k, v, output, gate, up, down."""
         depths = np.empty((n, self._block_count, 7), np.uint8)
         error = ffi.new("mq_error *")
         buffer = ffi.from_buffer("uint8_t[]", depths, require_writable=True)
-        _check(lib.mq_session_depths(self._handle, first, n, buffer, error), error)
+        expect_ok(lib.mq_session_depths(self._handle, first, n, buffer, error), error)
         return depths
 
     def eval_hidden(self, tokens: np.ndarray, hidden: np.ndarray) -> None:
@@ -363,52 +370,32 @@ class NativeSession:
         error = ffi.new("mq_error *")
         buffer = ffi.from_buffer("float[]", hidden, require_writable=True)
         tokens_buffer = ffi.from_buffer("int32_t[]", tokens)
-        _check(lib.mq_session_eval_hidden(self._handle, tokens_buffer, len(tokens), buffer, len(hidden), error), error)
+        expect_ok(
+            lib.mq_session_eval_hidden(self._handle, tokens_buffer, len(tokens), buffer, len(hidden), error), error
+        )
 
     def state(self) -> bytearray:
         """The cache up to the position as bytes."""
         state = bytearray(lib.mq_session_state_size(self._handle))
         error = ffi.new("mq_error *")
         buffer = ffi.from_buffer("uint8_t[]", state, require_writable=True)
-        _check(lib.mq_session_state_get(self._handle, buffer, len(state), error), error)
+        expect_ok(lib.mq_session_state_get(self._handle, buffer, len(state), error), error)
         return state
 
     def set_state(self, state: bytes | bytearray | memoryview) -> None:
         """Replace the cache by one that `state` gave."""
         error = ffi.new("mq_error *")
-        _check(lib.mq_session_state_set(self._handle, ffi.from_buffer("uint8_t[]", state), len(state), error), error)
+        expect_ok(lib.mq_session_state_set(self._handle, ffi.from_buffer("uint8_t[]", state), len(state), error), error)
 
 
-def measure_device_matvec(rows: int, columns: int, depth: int, repeats: int) -> tuple[list[float], int]:
-    """Microseconds per mat-vec on the GPU of weights from memory in each pass, and the bytes one reads."""
-    microseconds, size, error = ffi.new("double[]", repeats), ffi.new("size_t *"), ffi.new("mq_error *")
-    _check(lib.mq_device_measure_matvec(rows, columns, depth, repeats, microseconds, size, error), error)
-    return list(microseconds), size[0]
-
-
-def measure_read(n_threads: int, size: int, repeats: int) -> list[float]:
-    """Seconds of each pass in which `n_threads` read `size` bytes of memory once."""
-    seconds, error = ffi.new("double[]", repeats), ffi.new("mq_error *")
-    _check(lib.mq_measure_read(n_threads, size, repeats, seconds, error), error)
-    return list(seconds)
-
-
-def measure_matvec(
-    kernel: str | None, rows: int, columns: int, depth: int, n_threads: int, repeats: int
-) -> tuple[list[float], int, str]:
-    """Seconds per mat-vec of weights from memory in each pass, the bytes one reads, and the kernel's name."""
-    seconds, size, error = ffi.new("double[]", repeats), ffi.new("size_t *"), ffi.new("mq_error *")
-    name = ffi.NULL if kernel is None else ffi.new("char[]", kernel.encode())
-    _check(lib.mq_measure_matvec(name, rows, columns, depth, n_threads, repeats, seconds, size, error), error)
-    return list(seconds), size[0], _text(lib.mq_kernels_find(name).name)
-
-
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A string of the C library."""
     return ffi.string(value).decode("utf-8")
 
 
-def _check(status: int, error: Any) -> None:
+def expect_ok(status: int, error: Any) -> None:
+    """Raise what a call of the C library says it met."""
     if status != lib.MQ_OK:
         raise MobiQuantError(
-            ffi.string(error.message).decode("utf-8", errors="replace"), _text(lib.mq_status_name(status))
+            ffi.string(error.message).decode("utf-8", errors="replace"), text_of(lib.mq_status_name(status))
         )

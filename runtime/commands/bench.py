@@ -20,7 +20,8 @@ import numpy as np
 
 from runtime.budget import Budget
 from runtime.commands.faults import watch
-from runtime.native import NativeModel, NativeSession, measure_matvec, measure_read
+from runtime.measure import measure_matvec, measure_read
+from runtime.native import NativeModel, NativeSession
 
 READ_BYTES = 400_000_000
 LINEAR_SHAPES = ((4096, 4096), (14336, 4096))  # of an 8B model

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from runtime.budget import Budget
-from runtime.native import ModelInfo, NativeModel, NativeSession, measure_device_matvec
+from runtime.measure import measure_device_matvec
+from runtime.native import ModelInfo, NativeModel, NativeSession
 
 _COPY_BYTES = 4_000_000_000
 _MATRIX = 8192  # of the product that stands for the peak of the tensor cores
