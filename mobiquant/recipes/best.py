@@ -128,21 +128,27 @@ def _train_slices(task: BlockTask) -> dict[str, SlicedWeight]:
         if number == 1:  # the training holds the weights now: they need not be there twice
             for name, linear in originals.items():
                 linear.weight = nn.Parameter(training.layers[name].weight, requires_grad=False)
-        own = torch.nonzero(task.depths == number).flatten()
-        inputs, targets = (_kept(states, own, task.device) for states in (task.inputs, task.targets))
-        coarse = {"dtype": torch.bfloat16, "enabled": task.device.type == "cuda" and number <= _COARSE_SLICES}
-
-        def loss(_: int, own=own, inputs=inputs, targets=targets, coarse=coarse) -> Tensor:  # type: ignore[no-untyped-def]
-            chosen = torch.randint(len(own), (batch,), generator=task.generator)
-            with torch.autocast(task.device.type, **coarse):
-                output = task.block(inputs(chosen), position_embeddings=task.positions)
-            target = targets(chosen)
-            # Per token: a few have outputs a thousand times larger than the others.
-            error = (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
-            return (error.mean() + _ERROR_FLOOR).log()
-
         stage = f"slice {number}/{SLICE_COUNT}"
+        loss = _block_loss(task, number, batch)
         training.train(training.optimizer(), range(count), loss, lambda _, stage=stage: task.advance(stage))
     for name, linear in originals.items():
         task.block.set_submodule(name, linear)
     return {name: training.sliced(name) for name in originals}
+
+
+def _block_loss(task: BlockTask, number: int, batch: int) -> Callable[[int], Tensor]:
+    """What a step of slice `number` lowers, on `batch` of the windows that came here at its depth."""
+    own = torch.nonzero(task.depths == number).flatten()
+    inputs, targets = (_kept(states, own, task.device) for states in (task.inputs, task.targets))
+    coarse = task.device.type == "cuda" and number <= _COARSE_SLICES
+
+    def loss(_: int) -> Tensor:
+        chosen = torch.randint(len(own), (batch,), generator=task.generator)
+        with torch.autocast(task.device.type, torch.bfloat16, enabled=coarse):
+            output = task.block(inputs(chosen), position_embeddings=task.positions)
+        target = targets(chosen)
+        # Per token: a few have outputs a thousand times larger than the others.
+        error = (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+        return (error.mean() + _ERROR_FLOOR).log()
+
+    return loss
